@@ -1,0 +1,17 @@
+//! limbeck distils large language models.
+
+pub mod cache;
+pub mod checkpoint;
+pub mod data;
+pub mod error;
+pub mod eval;
+pub mod loss;
+pub mod models;
+pub mod recipe;
+pub mod schedule;
+pub mod targets;
+pub mod teacher;
+pub mod tokenizer;
+pub mod train;
+
+pub use error::{Error, Result};

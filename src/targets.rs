@@ -1,0 +1,139 @@
+//! The narrow waist: what the teacher makes, the cache stores and the loss consumes.
+//!
+//! Host data only. Knows nothing of models, files or recipes.
+//!
+//! A packed sequence of `seq_len` predictions is `seq_len + 1` tokens: row `t` predicts token `t + 1` from tokens
+//! `0..=t`. Every label of a data set is predicted exactly once, and a label shifted by one cannot be expressed.
+
+use crate::error::Result;
+
+/// One packed sequence of token ids, with the documents it is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedSequence {
+    /// `seq_len + 1` token ids; the model reads the first `seq_len`, and predicts the last `seq_len`.
+    pub tokens: Vec<u32>,
+    /// For each token, the number of its document inside this sequence, from 0. [`PADDING`] marks unused places
+    /// at the end of the last sequence.
+    pub segments: Vec<u32>,
+}
+
+/// Segment number of places that hold no document.
+pub const PADDING: u32 = u32::MAX;
+
+impl PackedSequence {
+    /// Number of rows (predictions) in the sequence.
+    pub fn seq_len(&self) -> usize {
+        self.tokens.len() - 1
+    }
+
+    /// Whether row `t` predicts a token of the same document as its input; other rows carry no loss and no targets.
+    pub fn is_valid(&self, t: usize) -> bool {
+        self.segments[t] != PADDING && self.segments[t] == self.segments[t + 1]
+    }
+}
+
+/// Teacher probabilities at one temperature, for rows of kept ids (see [`SparseTargets`]). Natural logarithms.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Capture {
+    /// The temperature the full teacher row was divided by before its softmax.
+    pub temperature: f32,
+    /// Log-probability of each kept id under the full softmax, in the order of [`SparseTargets::ids`].
+    pub log_probs: Vec<f32>,
+    /// Per row, log of the probability outside the kept ids, measured on the full row (`-inf` when nothing is left).
+    pub log_tail: Vec<f32>,
+    /// Per row, log-probability of the label, kept or not.
+    pub label_log_prob: Vec<f32>,
+}
+
+/// Soft targets of some rows: per row a variable number of kept ids, in descending order of probability.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SparseTargets {
+    /// Row `r` keeps `ids[offsets[r]..offsets[r + 1]]`. Length rows + 1, starts with 0, never decreases.
+    pub offsets: Vec<u64>,
+    /// Kept vocabulary ids.
+    pub ids: Vec<u32>,
+    /// One capture per temperature; at least one.
+    pub captures: Vec<Capture>,
+}
+
+impl SparseTargets {
+    pub fn row_count(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// The capture at a temperature, if the teacher's rows were captured at it.
+    pub fn capture(&self, temperature: f32) -> Option<&Capture> {
+        self.captures.iter().find(|capture| capture.temperature == temperature)
+    }
+
+    /// An empty set of rows at the given temperatures, to be filled with [`SparseTargets::extend`].
+    pub fn empty(temperatures: &[f32]) -> Self {
+        let captures = temperatures
+            .iter()
+            .map(|&temperature| Capture { temperature, log_probs: vec![], log_tail: vec![], label_log_prob: vec![] })
+            .collect();
+        SparseTargets { offsets: vec![0], ids: vec![], captures }
+    }
+
+    /// Appends the rows of `other`, which must have the same temperatures in the same order.
+    pub fn extend(&mut self, other: &SparseTargets) {
+        let base = *self.offsets.last().expect("offsets start with 0");
+        self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
+        self.ids.extend_from_slice(&other.ids);
+        assert_eq!(self.captures.len(), other.captures.len(), "rows captured at different temperatures");
+        for (mine, theirs) in self.captures.iter_mut().zip(&other.captures) {
+            assert_eq!(mine.temperature, theirs.temperature, "rows captured at different temperatures");
+            mine.log_probs.extend_from_slice(&theirs.log_probs);
+            mine.log_tail.extend_from_slice(&theirs.log_tail);
+            mine.label_log_prob.extend_from_slice(&theirs.label_log_prob);
+        }
+    }
+
+    /// Rows `start..end` as targets of their own.
+    pub fn slice(&self, start: usize, end: usize) -> SparseTargets {
+        let (from, to) = (self.offsets[start] as usize, self.offsets[end] as usize);
+        SparseTargets {
+            offsets: self.offsets[start..=end].iter().map(|offset| offset - self.offsets[start]).collect(),
+            ids: self.ids[from..to].to_vec(),
+            captures: self
+                .captures
+                .iter()
+                .map(|capture| Capture {
+                    temperature: capture.temperature,
+                    log_probs: capture.log_probs[from..to].to_vec(),
+                    log_tail: capture.log_tail[start..end].to_vec(),
+                    label_log_prob: capture.label_log_prob[start..end].to_vec(),
+                })
+                .collect(),
+        }
+    }
+}
+
+/// What a model reads in one step: packed sequences of equal length, with soft targets when there are any.
+#[derive(Debug, Clone)]
+pub struct DistillBatch {
+    pub sequences: Vec<PackedSequence>,
+    /// Rows of all sequences, one after the other: `sequences.len() * seq_len` of them.
+    /// Rows where [`PackedSequence::is_valid`] is false keep no ids.
+    pub targets: Option<SparseTargets>,
+}
+
+impl DistillBatch {
+    pub fn seq_len(&self) -> usize {
+        self.sequences.first().map_or(0, PackedSequence::seq_len)
+    }
+
+    pub fn row_count(&self) -> usize {
+        self.sequences.len() * self.seq_len()
+    }
+}
+
+/// Where batches come from: a cache on disk, or a live teacher.
+pub trait TargetSource {
+    /// Number of packed sequences.
+    fn sequence_count(&self) -> u64;
+    /// Predictions per sequence.
+    fn seq_len(&self) -> usize;
+    /// The sequences with the given numbers, in the given order.
+    fn read(&self, numbers: &[u64]) -> Result<DistillBatch>;
+}
