@@ -3,7 +3,7 @@
     python tests/python/make_packed_goldens.py
 
 The truth about a packed row is that no document sees another and that every document starts at position 0, so the
-golden is the logits of each document run alone: doc.{n}.input_ids [T_n] i64 and doc.{n}.logits [T_n,V] f32. One document
+golden is the logits of each document run alone: doc.{n}.input_ids [T_n] i64, doc.{n}.logits [T_n,V] f32. One document
 is longer than the attention chunk of the Llama 4 fixtures (16) and than the window of mistral_tiny (5), and none starts
 on a multiple of either in the row. REPORT.json records how far the logits move when the documents are run as one row.
 """
