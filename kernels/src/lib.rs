@@ -1,0 +1,21 @@
+//! Tensor operations of limbeck. Knows tensors, not recipes, caches or models.
+//!
+//! Each operation has a plain-tensor form that runs on any burn backend, and a form over host slices with a
+//! hand-written derivative that runs on burn's `flex`. [`oracle`] holds the f64 loops both are compared to.
+//!
+//! Shape letters: N tokens, D width, V vocabulary, K kept ids, E groups (experts).
+
+pub mod adamw;
+pub mod attention;
+pub mod gather_rows;
+mod gemm_call;
+pub mod grouped_matmul;
+pub mod host_op;
+pub mod logsumexp_gather;
+pub mod oracle;
+pub mod rms_norm;
+pub mod rotary;
+mod rows;
+pub mod swiglu;
+pub mod top_k;
+pub mod vector_math;

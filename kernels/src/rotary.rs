@@ -1,0 +1,124 @@
+//! Rotary position embedding, in the two layouts that checkpoints use.
+
+use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+use crate::{
+    host_op::{self, Forward, HostArray, HostOp},
+    rows::{par_rows, row_chunk},
+};
+
+/// Which two channels of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// Channels `2j` and `2j + 1` (Llama 4, Meta's own Llama checkpoints).
+    Interleaved,
+    /// Channels `j` and `j + d / 2` (Hugging Face's Llama 2 and 3, Qwen, Mistral).
+    Halves,
+}
+
+/// Cosines and sines for each token: `[N, d / 2]` each, row-major.
+#[derive(Debug, Clone)]
+pub struct RotaryTable {
+    pub cosines: Arc<Vec<f32>>,
+    pub sines: Arc<Vec<f32>>,
+    pub pairing: Pairing,
+}
+
+impl RotaryTable {
+    /// Angles `position * frequency` in `f32`, as the reference implementations compute them.
+    pub fn new(positions: &[u32], frequencies: &[f32], pairing: Pairing) -> Self {
+        let angles = || positions.iter().flat_map(|&p| frequencies.iter().map(move |&f| p as f32 * f));
+        RotaryTable {
+            cosines: Arc::new(angles().map(f32::cos).collect()),
+            sines: Arc::new(angles().map(f32::sin).collect()),
+            pairing,
+        }
+    }
+}
+
+/// Turns every head of every token by its position's angles.
+///
+/// # Shapes
+/// - `x` `[N, heads * head_dim]`, table for N tokens and `head_dim / 2` frequencies, result `[N, heads * head_dim]`
+pub fn rotary(x: Tensor<2>, head_dim: usize, table: &RotaryTable) -> Tensor<2> {
+    if host_op::runs_on(&x.device()) {
+        return host_op::apply(Rotary { head_dim, table: table.clone() }, vec![x.into()]);
+    }
+    rotary_reference(x, head_dim, table)
+}
+
+/// [`rotary`] in plain tensor operations.
+pub fn rotary_reference(x: Tensor<2>, head_dim: usize, table: &RotaryTable) -> Tensor<2> {
+    let [tokens, width] = x.dims();
+    let (heads, half) = (width / head_dim, head_dim / 2);
+    let device = x.device();
+    // (pair member, pair) axes ordered as the layout stores them
+    let (pair_axis, shape) = match table.pairing {
+        Pairing::Interleaved => (3, [tokens, heads, half, 2]),
+        Pairing::Halves => (2, [tokens, heads, 2, half]),
+    };
+    let table_shape = if pair_axis == 3 { [tokens, 1, half, 1] } else { [tokens, 1, 1, half] };
+    let load = |values: &[f32]| Tensor::<4>::from_data(TensorData::new(values.to_vec(), table_shape), &device);
+    let (cosines, sines) = (load(&table.cosines), load(&table.sines));
+    let x = x.reshape(shape);
+    let (a, b) = (x.clone().narrow(pair_axis, 0, 1), x.narrow(pair_axis, 1, 1));
+    let turned_a = a.clone() * cosines.clone() - b.clone() * sines.clone();
+    let turned_b = a * sines + b * cosines;
+    Tensor::cat(vec![turned_a, turned_b], pair_axis).reshape([tokens, width])
+}
+
+#[derive(Debug)]
+struct Rotary {
+    head_dim: usize,
+    table: RotaryTable,
+}
+
+impl Rotary {
+    /// `direction` is 1 to turn forward, -1 to turn back (the transpose, hence the derivative).
+    fn turn(&self, x: &[f32], width: usize, direction: f32) -> Vec<f32> {
+        let half = self.head_dim / 2;
+        let mut output = vec![0.0; x.len()];
+        par_rows(&mut output, width).zip(x.par_chunks(row_chunk(width) * width)).enumerate().for_each(
+            |(chunk, (output, x))| {
+                for (row, (output, x)) in output.chunks_mut(width).zip(x.chunks(width)).enumerate() {
+                    let token = chunk * row_chunk(width) + row;
+                    let cosines = &self.table.cosines[token * half..][..half];
+                    let sines = &self.table.sines[token * half..][..half];
+                    for (output, x) in output.chunks_mut(self.head_dim).zip(x.chunks(self.head_dim)) {
+                        match self.table.pairing {
+                            Pairing::Interleaved => {
+                                for j in 0..half {
+                                    let (c, s) = (cosines[j], sines[j] * direction);
+                                    output[2 * j] = x[2 * j] * c - x[2 * j + 1] * s;
+                                    output[2 * j + 1] = x[2 * j] * s + x[2 * j + 1] * c;
+                                }
+                            }
+                            Pairing::Halves => {
+                                let (low, high) = output.split_at_mut(half);
+                                for j in 0..half {
+                                    let (c, s) = (cosines[j], sines[j] * direction);
+                                    low[j] = x[j] * c - x[half + j] * s;
+                                    high[j] = x[j] * s + x[half + j] * c;
+                                }
+                            }
+                        }
+                    }
+                }
+            },
+        );
+        output
+    }
+}
+
+impl HostOp for Rotary {
+    fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
+        let x = inputs[0];
+        Forward { shape: x.shape.to_vec(), data: self.turn(x.data, x.width(), 1.0), saved: vec![] }
+    }
+
+    fn backward(&self, inputs: &[HostArray<'_>], _: &[f32], grad: &[f32], needed: &[bool]) -> Vec<Option<Vec<f32>>> {
+        vec![needed[0].then(|| self.turn(grad, inputs[0].width(), -1.0))]
+    }
+}

@@ -1,0 +1,162 @@
+//! Loops over `f32` slices that the compiler turns into the widest vectors the processor has.
+//!
+//! Reductions run in sixteen fixed lanes, so that a result does not depend on the vector width chosen at run time.
+
+use pulp::Arch;
+
+const LANES: usize = 16;
+
+/// `e^x` to about one unit in the last place for `x <= 88`; 0 below -87, so that `-inf` gives exactly 0.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+    let clamped = x.clamp(-87.0, 88.0);
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // ln 2 in two parts keeps the remainder exact (Cephes, expf)
+    let r = clamped - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_6e-1;
+    let p = p * r + 0.5;
+    let e = p * r * r + r + 1.0;
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    if x < -87.0 { 0.0 } else { e * scale }
+}
+
+#[inline(always)]
+fn fold(values: &[f32], start: f32, lane: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane_value, &value) in lanes.iter_mut().zip(chunk) {
+            *lane_value = lane(*lane_value, value);
+        }
+    }
+    for (lane_value, &value) in lanes.iter_mut().zip(rest) {
+        *lane_value = lane(*lane_value, value);
+    }
+    lanes.into_iter().fold(start, join)
+}
+
+/// The largest value, `-inf` for an empty slice; NaN is passed over.
+pub fn max(values: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || fold(values, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }, |a, b| if b > a { b } else { a }),
+    )
+}
+
+/// Sum of `exp(value - shift)`.
+pub fn sum_exp(values: &[f32], shift: f32) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || fold(values, 0.0, |sum, value| sum + exp(value - shift), |a, b| a + b),
+    )
+}
+
+/// `ln(sum(exp(value)))`.
+pub fn log_sum_exp(values: &[f32]) -> f32 {
+    let largest = max(values);
+    if !largest.is_finite() {
+        return largest;
+    }
+    largest + sum_exp(values, largest).ln()
+}
+
+/// Replaces each value by `exp(value - shift)` and returns their sum.
+pub fn exp_in_place(values: &mut [f32], shift: f32) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for value in values.iter_mut() {
+                *value = exp(*value - shift);
+            }
+            fold(values, 0.0, |sum, value| sum + value, |a, b| a + b)
+        },
+    )
+}
+
+/// Writes `scale * exp(value - shift)`.
+pub fn scaled_exp(values: &[f32], shift: f32, scale: f32, output: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (out, &value) in output.iter_mut().zip(values) {
+                *out = scale * exp(value - shift);
+            }
+        },
+    )
+}
+
+/// Sum of products.
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0f32; LANES];
+            let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+            let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
+            for (x, y) in a_chunks.zip(b_chunks) {
+                for lane in 0..LANES {
+                    lanes[lane] += x[lane] * y[lane];
+                }
+            }
+            for lane in 0..a_rest.len().min(b_rest.len()) {
+                lanes[lane] += a_rest[lane] * b_rest[lane];
+            }
+            lanes.into_iter().sum()
+        },
+    )
+}
+
+/// `y += scale * x`.
+pub fn add_scaled(y: &mut [f32], scale: f32, x: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for (y, &x) in y.iter_mut().zip(x) {
+                *y += scale * x;
+            }
+        },
+    )
+}
+
+/// Runs a closure with the widest vector instructions of this processor switched on; write it as plain loops and
+/// mark it `#[inline(always)]`.
+#[inline(always)]
+pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
+    Arch::new().dispatch(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let truth = (x as f64).exp();
+            worst = worst.max(((exp(x) as f64 - truth) / truth).abs());
+        }
+        assert!(worst < 2.4e-7, "relative error {worst:e}");
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn reductions_agree_with_f64() {
+        let values: Vec<f32> = (0..1037).map(|i| ((i * 7919) % 1000) as f32 / 50.0 - 10.0).collect();
+        let sum: f64 = values.iter().map(|&v| (v as f64).exp()).sum();
+        assert!((log_sum_exp(&values) as f64 - sum.ln()).abs() < 1e-6);
+        let square: f64 = values.iter().map(|&v| (v as f64).powi(2)).sum();
+        assert!(((dot(&values, &values) as f64 - square) / square).abs() < 1e-6);
+        assert_eq!(max(&values), values.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        assert_eq!(log_sum_exp(&[]), f32::NEG_INFINITY);
+    }
+}
