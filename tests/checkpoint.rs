@@ -12,7 +12,7 @@ use limbeck::checkpoint::{
     CheckpointReader, CheckpointWriter, Dtype, Overwrite, SafetensorsEntry, StoredDtype, TensorData, TensorSpec,
     TrainState, checkpoint_dir, keep_latest, latest_checkpoint, read_safetensors, write_safetensors,
 };
-use limbeck::error::Result;
+use limbeck::error::{Error, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -320,7 +320,7 @@ fn written_files_follow_the_hugging_face_layout() {
     CheckpointWriter::new(&path, original.config(), StoredDtype::Bf16)
         .with_max_shard_bytes(200_000)
         .with_file("tokenizer.json", b"{}".as_slice())
-        .with_extra(|partial| Ok(fs::write(partial.join("added"), "here").unwrap()))
+        .with_extra(|partial| fs::write(partial.join("added"), "here").map_err(Error::io(partial)))
         .write(&specs(&original), &mut |name| load(&original, name))
         .unwrap();
     let mut files: Vec<String> =
@@ -369,6 +369,11 @@ fn the_format_s_own_implementation_reads_what_is_written() {
     })
     .unwrap();
     let bytes = fs::read(&path).unwrap();
+    let header_end = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..header_end]).unwrap();
+    for (name, width) in [("odd", 2), ("ids", 8), ("scalar", 4)] {
+        assert_eq!(header[name]["data_offsets"][0].as_u64().unwrap() % width, 0, "{name} is not aligned");
+    }
     let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(theirs.tensor("ids").unwrap().shape(), [2, 1]);
     assert_eq!(theirs.tensor("ids").unwrap().data()[..8], 7i64.to_le_bytes());
@@ -424,6 +429,16 @@ fn the_fingerprint_changes_with_every_part() {
     for (place, left) in fingerprints.iter().enumerate() {
         assert!(fingerprints[place + 1..].iter().all(|right| left != right), "{fingerprints:?}");
     }
+    // The same bytes as numbers of another type.
+    let typed = |dtype: &str| {
+        let path = dir.path().join(dtype);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("config.json"), "{}").unwrap();
+        let header = json!({ "w": { "dtype": dtype, "shape": [4], "data_offsets": [0, 8] } }).to_string();
+        file_with_header(&path.join("model.safetensors"), &header, 8);
+        CheckpointReader::open(path).unwrap().fingerprint().unwrap()
+    };
+    assert_ne!(typed("F16"), typed("BF16"));
     assert_eq!(write("order", "w", &[2, 2], StoredDtype::F32, reordered, 1.0), fingerprints[0]);
 }
 
