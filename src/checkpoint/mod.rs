@@ -1,1 +1,47 @@
-//! checkpoint
+//! Checkpoints: memory-mapped lazy reading of Hugging Face safetensors directories, and writing in the same layout.
+//!
+//! Hands out and takes host data. Knows nothing of models (names and shapes are the caller's) and nothing of devices.
+//! Nothing here reads a whole checkpoint: a tensor, or some rows of its first axis, at a time. Counts and offsets are
+//! 64-bit, and every size read from a file is compared with the file's length before memory is allocated by it.
+//!
+//! ```no_run
+//! use limbeck::checkpoint::{CheckpointReader, CheckpointWriter, StoredDtype, TensorSpec};
+//! # fn main() -> limbeck::Result<()> {
+//! let reader = CheckpointReader::open("models/scout")?;
+//! let name = "language_model.model.layers.0.feed_forward.experts.down_proj";
+//! let expert = reader.load_f32_rows(name, &[16, 8192, 5120], 3..4)?;
+//!
+//! let tensors: Vec<TensorSpec> =
+//!     reader.names().map(|name| Ok(TensorSpec::new(name, reader.info(name)?.shape.clone()))).collect::<limbeck::Result<_>>()?;
+//! CheckpointWriter::new("models/scout-f32", reader.config(), StoredDtype::F32)
+//!     .write(&tensors, &mut |name| reader.load_f32(name, &reader.info(name)?.shape))?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod convert;
+mod dtype;
+mod durable;
+mod fingerprint;
+mod header;
+mod index;
+mod reader;
+mod safetensors_file;
+mod safetensors_writer;
+mod steps;
+mod train_state;
+mod writer;
+
+pub use dtype::{Dtype, StoredDtype, TensorInfo};
+pub use reader::CheckpointReader;
+pub use safetensors_file::{SafetensorsFile, read_safetensors};
+pub use safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};
+pub use steps::{checkpoint_dir, keep_latest, latest_checkpoint};
+pub use train_state::TrainState;
+pub use writer::{CheckpointWriter, Overwrite, TensorSpec};
+
+/// Weights of a checkpoint that has one shard.
+const SINGLE_FILE: &str = "model.safetensors";
+/// Which shard holds which tensor, in a checkpoint that has several.
+const INDEX_FILE: &str = "model.safetensors.index.json";
+const CONFIG_FILE: &str = "config.json";

@@ -1,0 +1,102 @@
+//! Files that are whole or absent: written under a temporary name, synced, renamed.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Between a final name and the process number, in the names of files and directories still being written.
+pub(super) const PARTIAL: &str = ".partial-";
+
+/// Longest JSON file read into memory; the index of the largest known checkpoint has 2 MB.
+const MAX_JSON_BYTES: u64 = 100_000_000;
+
+/// The name under which `path` is written before it is complete: `<path>.partial-<process>`, beside it.
+pub(super) fn partial_path(path: &Path) -> Result<PathBuf> {
+    sibling(path, PARTIAL)
+}
+
+/// `<path><infix><process>`.
+pub(super) fn sibling(path: &Path, infix: &str) -> Result<PathBuf> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::usage(format!("cannot write to `{}`", path.display()), "give a path that ends with a name"));
+    };
+    let mut name = OsString::from(name);
+    name.push(format!("{infix}{}", std::process::id()));
+    Ok(path.with_file_name(name))
+}
+
+/// Writes a file so that `path` holds either its former content or all of the new one, whenever the machine stops.
+pub(super) fn write_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let partial = partial_path(path)?;
+    let written = write_and_sync(&partial, fill).and_then(|()| fs::rename(&partial, path).map_err(Error::io(path)));
+    if written.is_err() {
+        // The first error is the one to tell; a temporary file that stays behind is never read.
+        let _ = fs::remove_file(&partial);
+        return written;
+    }
+    sync_directory(parent(path))
+}
+
+fn write_and_sync(partial: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let file = File::create(partial).map_err(Error::io(partial))?;
+    let mut writer = BufWriter::with_capacity(1 << 20, file);
+    fill(&mut writer)?;
+    let file = writer.into_inner().map_err(|error| Error::io(partial)(error.into_error()))?;
+    file.sync_all().map_err(Error::io(partial))
+}
+
+/// [`write_file`] of bytes at hand.
+pub(super) fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_file(path, |writer| writer.write_all(bytes).map_err(Error::io(path)))
+}
+
+/// [`write_file`] of indented JSON.
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).expect("JSON values always serialise");
+    bytes.push(b'\n');
+    write_bytes(path, &bytes)
+}
+
+/// Makes renames inside `directory` survive a power failure.
+pub(super) fn sync_directory(directory: &Path) -> Result<()> {
+    // Other systems cannot open a directory as a file, and need no such call.
+    if cfg!(unix) {
+        File::open(directory).and_then(|opened| opened.sync_all()).map_err(Error::io(directory))?;
+    }
+    Ok(())
+}
+
+/// The directory that holds `path`.
+pub(super) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Reads a JSON object; `missing` is the way out when there is no such file, `malformed` when it does not parse.
+pub(super) fn read_json_object(path: &Path, missing: &str, malformed: &str) -> Result<Value> {
+    let length = match fs::metadata(path) {
+        Ok(found) => found.len(),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Err(Error::file(path, "is missing", missing));
+        }
+        Err(error) => return Err(Error::io(path)(error)),
+    };
+    if length > MAX_JSON_BYTES {
+        let problem = format!("has {length} bytes, more than the {MAX_JSON_BYTES} that are read");
+        return Err(Error::file(path, problem, malformed));
+    }
+    let bytes = fs::read(path).map_err(Error::io(path))?;
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::file(path, format!("is not valid JSON: {error}"), malformed))?;
+    if !value.is_object() {
+        return Err(Error::file(path, "is not a JSON object", malformed));
+    }
+    Ok(value)
+}
