@@ -1,1 +1,10 @@
-//! eval
+//! What came out of a run: held-out measures, their report, and the charts in it.
+//!
+//! Nothing here trains or changes a model.
+
+mod area_chart;
+mod axis;
+pub mod chart;
+mod page;
+mod quantity;
+pub mod report;

@@ -1,1 +1,4 @@
 //! train
+
+pub mod metrics;
+pub mod progress;
