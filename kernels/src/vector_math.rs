@@ -50,12 +50,16 @@ pub fn max(values: &[f32]) -> f32 {
     )
 }
 
-/// Sum of `exp(value - shift)`.
+/// Sum of `exp(value - shift)`: in f32 lanes over short stretches, in f64 across them.
 pub fn sum_exp(values: &[f32], shift: f32) -> f32 {
-    Arch::new().dispatch(
-        #[inline(always)]
-        || fold(values, 0.0, |sum, value| sum + exp(value - shift), |a, b| a + b),
-    )
+    const STRETCH: usize = 2048;
+    let sum = |stretch: &[f32]| {
+        Arch::new().dispatch(
+            #[inline(always)]
+            || fold(stretch, 0.0, |sum, value| sum + exp(value - shift), |a, b| a + b),
+        )
+    };
+    values.chunks(STRETCH).map(|stretch| sum(stretch) as f64).sum::<f64>() as f32
 }
 
 /// `ln(sum(exp(value)))`.

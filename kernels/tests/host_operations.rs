@@ -8,7 +8,7 @@ use limbeck_kernels::{
     attention::{Heads, KeyRanges, attention, attention_reference},
     gather_rows::{gather_rows, gather_rows_reference},
     grouped_matmul::{grouped_matmul, grouped_matmul_reference},
-    logsumexp_gather::{logsumexp_gather, logsumexp_gather_reference},
+    logsumexp_gather::{RowEntries, logsumexp_gather, logsumexp_gather_reference},
     rms_norm::{rms_norm, rms_norm_reference, unit_rms},
     rotary::{Pairing, RotaryTable, rotary, rotary_reference},
     swiglu::{gated_silu, swiglu, swiglu_reference},
@@ -146,13 +146,19 @@ fn attention_equals_its_plain_form_over_documents_chunks_and_windows() {
 
 #[test]
 fn logsumexp_gather_equals_its_plain_form() {
-    let ids = Arc::new((0..20 * 5).map(|i| (i * 31 % 99) as u32).collect::<Vec<u32>>());
+    let rows = 20;
+    let kept: Vec<u32> = (0..rows * 5).map(|i| (i % 5 * 19 + i / 5) as u32 % 99).collect();
+    let entries = RowEntries {
+        labels: Arc::new((0..rows as u32).map(|row| row * 7 % 99).collect()),
+        kept: Arc::new(kept),
+        counts: Arc::new((0..rows as u32).map(|row| row % 6).collect()),
+    };
     compare::<1>(
         "logsumexp_gather",
-        &[random([20, 99])],
+        &[random([rows, 99])],
         None,
-        |x, _| logsumexp_gather(x[0].clone() * 5.0, ids.clone()),
-        |x, _| logsumexp_gather_reference(x[0].clone() * 5.0, &ids),
+        |x, _| logsumexp_gather(x[0].clone() * 5.0, &entries),
+        |x, _| logsumexp_gather_reference(x[0].clone() * 5.0, &entries),
     );
 }
 

@@ -1,0 +1,208 @@
+//! Feed-forward blocks: dense SwiGLU, and routed experts beside a shared one.
+//!
+//! Each expert multiplies only the tokens that chose it. The router's sigmoid scales an expert's *input*.
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Int, Tensor, TensorData, activation::sigmoid};
+use limbeck_kernels::{
+    gather_rows::gather_rows,
+    grouped_matmul::grouped_matmul,
+    swiglu::{gated_silu, swiglu},
+};
+
+use super::{
+    attention::linear,
+    config::{DecoderConfig, FeedForwardConfig, Names},
+    parameter::{ParameterRef, WeightSource, load},
+};
+use crate::error::Result;
+
+#[derive(Debug, Clone)]
+pub enum FeedForward {
+    Dense(Mlp),
+    Experts(Experts),
+}
+
+/// `down(silu(gate x) * up x)`; weights `[out, in]`.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    gate: Tensor<2>,
+    up: Tensor<2>,
+    down: Tensor<2>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Experts {
+    router: Tensor<2>,
+    /// `[experts, hidden, 2 * width]`, gate half first, input-major as checkpoints store it.
+    gate_up: Tensor<3>,
+    /// `[experts, width, hidden]`
+    down: Tensor<3>,
+    shared: Mlp,
+    chosen: usize,
+}
+
+/// Where the router sent each token of a batch.
+#[derive(Debug, Clone)]
+pub struct Routing {
+    /// `[N, experts]`, part of the graph.
+    pub logits: Tensor<2>,
+    /// `[N, chosen]` row-major expert numbers, largest logit first.
+    pub experts: Vec<u32>,
+}
+
+impl Routing {
+    pub fn expert_count(&self) -> usize {
+        self.logits.dims()[1]
+    }
+
+    /// How many of the choices fell on each expert.
+    pub fn loads(&self) -> Vec<u64> {
+        let mut loads = vec![0; self.expert_count()];
+        self.experts.iter().for_each(|&expert| loads[expert as usize] += 1);
+        loads
+    }
+}
+
+impl FeedForward {
+    pub fn load(
+        config: &DecoderConfig,
+        layer: &FeedForwardConfig,
+        prefix: &str,
+        source: &dyn WeightSource,
+        device: &Device,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let block = format!("{prefix}{}", block_name(config.names));
+        match *layer {
+            FeedForwardConfig::Dense { width } => {
+                Ok(FeedForward::Dense(Mlp::load(hidden, width, &block, source, device)?))
+            }
+            FeedForwardConfig::Experts { width, expert_count, chosen } => Ok(FeedForward::Experts(Experts {
+                router: load(source, &format!("{block}router.weight"), [expert_count, hidden], device)?,
+                gate_up: load(
+                    source,
+                    &format!("{block}experts.gate_up_proj"),
+                    [expert_count, hidden, 2 * width],
+                    device,
+                )?,
+                down: load(source, &format!("{block}experts.down_proj"), [expert_count, width, hidden], device)?,
+                shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), source, device)?,
+                chosen,
+            })),
+        }
+    }
+
+    /// # Shapes
+    /// - `x` `[N, hidden]`, result `[N, hidden]`
+    pub fn forward(&self, x: Tensor<2>) -> (Tensor<2>, Option<Routing>) {
+        match self {
+            FeedForward::Dense(mlp) => (mlp.forward(x), None),
+            FeedForward::Experts(experts) => {
+                let (y, routing) = experts.forward(x);
+                (y, Some(routing))
+            }
+        }
+    }
+
+    pub fn visit(&mut self, prefix: &str, names: Names, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
+        let block = format!("{prefix}{}", block_name(names));
+        match self {
+            FeedForward::Dense(mlp) => mlp.visit(&block, visitor),
+            FeedForward::Experts(experts) => {
+                visitor(&format!("{block}router.weight"), ParameterRef::Matrix(&mut experts.router));
+                visitor(&format!("{block}experts.gate_up_proj"), ParameterRef::Stack(&mut experts.gate_up));
+                visitor(&format!("{block}experts.down_proj"), ParameterRef::Stack(&mut experts.down));
+                experts.shared.visit(&format!("{block}shared_expert."), visitor);
+            }
+        }
+    }
+}
+
+fn block_name(names: Names) -> &'static str {
+    match names {
+        Names::Llama4 => "feed_forward.",
+        Names::Llama => "mlp.",
+    }
+}
+
+impl Mlp {
+    fn load(hidden: usize, width: usize, prefix: &str, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+        let matrix = |part: &str, shape| load(source, &format!("{prefix}{part}_proj.weight"), shape, device);
+        Ok(Mlp {
+            gate: matrix("gate", [width, hidden])?,
+            up: matrix("up", [width, hidden])?,
+            down: matrix("down", [hidden, width])?,
+        })
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        linear(gated_silu(linear(x.clone(), &self.gate), linear(x, &self.up)), &self.down)
+    }
+
+    fn visit(&mut self, prefix: &str, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
+        for (part, tensor) in [("gate", &mut self.gate), ("up", &mut self.up), ("down", &mut self.down)] {
+            visitor(&format!("{prefix}{part}_proj.weight"), ParameterRef::Matrix(tensor));
+        }
+    }
+}
+
+impl Experts {
+    fn forward(&self, x: Tensor<2>) -> (Tensor<2>, Routing) {
+        let [tokens, hidden] = x.dims();
+        let logits = linear(x.clone(), &self.router);
+        let chosen = choose(&logits, self.chosen);
+        let expert_count = logits.dims()[1];
+
+        // Assignments (token, choice) sorted by expert; equal experts keep token order.
+        let mut offsets = vec![0usize; expert_count + 1];
+        chosen.iter().for_each(|&expert| offsets[expert as usize + 1] += 1);
+        (0..expert_count).for_each(|expert| offsets[expert + 1] += offsets[expert]);
+        let mut next = offsets.clone();
+        let (mut sorted_tokens, mut place) = (vec![0u32; chosen.len()], vec![0u32; chosen.len()]);
+        let mut sorted = vec![0u32; chosen.len()];
+        for (assignment, &expert) in chosen.iter().enumerate() {
+            let at = next[expert as usize];
+            next[expert as usize] += 1;
+            sorted_tokens[at] = (assignment / self.chosen) as u32;
+            sorted[at] = assignment as u32;
+            place[assignment] = at as u32;
+        }
+
+        let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
+        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, self.chosen]), &logits.device());
+        let scores = sigmoid(logits.clone()).gather(1, ids).reshape([tokens * self.chosen, 1]);
+        let scores = gather_rows(scores, Arc::new(sorted));
+        let input = gather_rows(x.clone(), Arc::new(sorted_tokens)) * scores;
+        let offsets = Arc::new(offsets);
+        let inner = swiglu(grouped_matmul(input, self.gate_up.clone(), offsets.clone()));
+        let output = gather_rows(grouped_matmul(inner, self.down.clone(), offsets), Arc::new(place));
+        let routed = if self.chosen == 1 {
+            output
+        } else {
+            output.reshape([tokens, self.chosen, hidden]).sum_dim(1).reshape([tokens, hidden])
+        };
+        (self.shared.forward(x) + routed, Routing { logits, experts: chosen })
+    }
+}
+
+/// The `k` largest logits of each row; of equal ones the smaller expert number.
+fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
+    let [_, experts] = logits.dims();
+    let values = logits.clone().detach().into_data().try_into_vec::<f32>().expect("router logits are f32");
+    let mut chosen = Vec::with_capacity(values.len() / experts * k);
+    let mut order: Vec<u32> = Vec::with_capacity(experts);
+    for row in values.chunks(experts) {
+        order.clear();
+        order.extend(0..experts as u32);
+        let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+        if k < experts {
+            order.select_nth_unstable_by(k - 1, by_logit);
+            order.truncate(k);
+        }
+        order.sort_unstable_by(by_logit);
+        chosen.extend_from_slice(&order);
+    }
+    chosen
+}

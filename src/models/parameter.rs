@@ -1,0 +1,138 @@
+//! Where weights come from and how the trainer reaches them, by the names they have in checkpoints.
+
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use rand::SeedableRng;
+use rand_distr::{Distribution, Normal};
+
+use crate::{checkpoint::CheckpointReader, error::Result};
+
+/// Gives weights by name. Shapes are checked by the source.
+pub trait WeightSource {
+    fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+}
+
+/// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
+pub struct CheckpointWeights<'a> {
+    reader: &'a CheckpointReader,
+    prefix: &'static str,
+}
+
+impl<'a> CheckpointWeights<'a> {
+    pub fn new(reader: &'a CheckpointReader) -> Self {
+        const PREFIX: &str = "language_model.";
+        let prefixed = reader.contains(&format!("{PREFIX}model.embed_tokens.weight"));
+        CheckpointWeights { reader, prefix: if prefixed { PREFIX } else { "" } }
+    }
+}
+
+impl WeightSource for CheckpointWeights<'_> {
+    fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.reader.load_f32(&format!("{}{name}", self.prefix), shape)
+    }
+}
+
+/// Fresh weights: norms one, biases zero, everything else normal. Each tensor draws from a generator of its own,
+/// seeded by its name, so that the order of loading changes nothing.
+#[derive(Debug, Clone)]
+pub struct RandomWeights {
+    pub seed: u64,
+    pub std: f64,
+}
+
+impl WeightSource for RandomWeights {
+    fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let count = shape.iter().product();
+        if name.ends_with("norm.weight") {
+            return Ok(vec![1.0; count]);
+        }
+        if name.ends_with(".bias") {
+            return Ok(vec![0.0; count]);
+        }
+        let mut key = blake3::Hasher::new();
+        key.update(&self.seed.to_le_bytes()).update(name.as_bytes());
+        let mut generator = rand_chacha::ChaCha8Rng::from_seed(*key.finalize().as_bytes());
+        let normal = Normal::new(0.0, self.std).expect("a standard deviation is finite and not negative");
+        Ok((0..count).map(|_| normal.sample(&mut generator) as f32).collect())
+    }
+}
+
+/// Loads one tensor onto a device, tracked when the device records gradients.
+pub fn load<const D: usize>(
+    source: &dyn WeightSource,
+    name: &str,
+    shape: [usize; D],
+    device: &Device,
+) -> Result<Tensor<D>> {
+    let values = source.load(name, &shape)?;
+    let tensor = Tensor::from_data(TensorData::new(values, shape), &device.clone().inner());
+    Ok(track(tensor, device.is_autodiff()))
+}
+
+fn track<const D: usize>(tensor: Tensor<D>, tracked: bool) -> Tensor<D> {
+    if tracked { tensor.autodiff().require_grad() } else { tensor }
+}
+
+/// A weight of a model, of any rank, open to change.
+pub enum ParameterRef<'a> {
+    Vector(&'a mut Tensor<1>),
+    Matrix(&'a mut Tensor<2>),
+    Stack(&'a mut Tensor<3>),
+}
+
+macro_rules! each_rank {
+    ($self:expr, $tensor:ident => $body:expr) => {
+        match $self {
+            ParameterRef::Vector($tensor) => $body,
+            ParameterRef::Matrix($tensor) => $body,
+            ParameterRef::Stack($tensor) => $body,
+        }
+    };
+}
+
+impl ParameterRef<'_> {
+    pub fn shape(&self) -> Vec<usize> {
+        each_rank!(self, tensor => tensor.dims().to_vec())
+    }
+
+    /// Vectors (norms and biases) are not decayed.
+    pub fn is_vector(&self) -> bool {
+        matches!(self, ParameterRef::Vector(_))
+    }
+
+    /// The gradient, flat.
+    pub fn take_gradient(&self, gradients: &mut Gradients) -> Option<Tensor<1>> {
+        each_rank!(self, tensor => tensor.grad_remove(gradients).map(|grad| grad.flatten(0, -1)))
+    }
+
+    /// The values, flat, outside any graph.
+    pub fn flat(&self) -> Tensor<1> {
+        each_rank!(self, tensor => {
+            let tensor = (**tensor).clone();
+            if tensor.is_autodiff() { tensor.inner() } else { tensor }.flatten(0, -1)
+        })
+    }
+
+    /// Moves the values out, flat, so that they can be changed in place; [`ParameterRef::set`] must follow.
+    pub fn take(&mut self) -> Tensor<1> {
+        let flat = self.flat();
+        each_rank!(self, tensor => {
+            let device = flat.device();
+            let unit = tensor.dims().map(|_| 1);
+            **tensor = Tensor::zeros(unit, &device);
+        });
+        flat
+    }
+
+    /// Puts values in, tracked or not.
+    pub fn set(&mut self, values: Tensor<1>, shape: &[usize], tracked: bool) {
+        fn put<const D: usize>(values: Tensor<1>, shape: &[usize], tracked: bool) -> Tensor<D> {
+            let shape: [usize; D] = shape.try_into().expect("rank does not change");
+            track(values.reshape(shape), tracked)
+        }
+        match self {
+            ParameterRef::Vector(tensor) => **tensor = put(values, shape, tracked),
+            ParameterRef::Matrix(tensor) => **tensor = put(values, shape, tracked),
+            ParameterRef::Stack(tensor) => **tensor = put(values, shape, tracked),
+        }
+    }
+}
