@@ -1,0 +1,134 @@
+//! What must hold in every sequence before it is written (docs/cache-format.md, "What holds in every shard").
+
+use super::manifest::Counts;
+use super::settings::{CacheSettings, Selection};
+use crate::targets::{PADDING, PackedSequence, SparseTargets};
+
+/// How far above 0 rounding may lift the logarithm of a probability.
+const ROUNDING: f32 = 1e-3;
+
+/// What is wrong with a sequence.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Problem {
+    /// A number is NaN or infinite where it may not be; the text names it.
+    NotFinite(String),
+    Wrong(String),
+}
+
+fn wrong<T>(problem: String) -> Result<T, Problem> {
+    Err(Problem::Wrong(problem))
+}
+
+/// Checks one sequence and its rows, and counts them; `text_bytes` is left 0.
+pub(crate) fn check(
+    settings: &CacheSettings,
+    sequence: &PackedSequence,
+    targets: Option<&SparseTargets>,
+) -> Result<Counts, Problem> {
+    let (seq_len, vocab_size) = (settings.seq_len, settings.tokenizer.vocab_size);
+    for (name, length) in [("tokens", sequence.tokens.len()), ("segments", sequence.segments.len())] {
+        if length != seq_len + 1 {
+            return wrong(format!("it has {length} {name}, not {} (seq_len + 1)", seq_len + 1));
+        }
+    }
+    if let Some(place) = sequence.tokens.iter().position(|token| *token as usize >= vocab_size) {
+        let token = sequence.tokens[place];
+        return wrong(format!("token {place} is {token}, outside the vocabulary of {vocab_size}"));
+    }
+    if !sequence.segments.is_sorted() {
+        return wrong("its segments decrease".into());
+    }
+    let counts = Counts {
+        sequences: 1,
+        tokens: sequence.segments[..seq_len].iter().filter(|segment| **segment != PADDING).count() as u64,
+        valid_rows: (0..seq_len).filter(|row| sequence.is_valid(*row)).count() as u64,
+        kept_ids: targets.map_or(0, |targets| targets.ids.len() as u64),
+        text_bytes: 0,
+    };
+    match (targets, &settings.soft_targets) {
+        (None, None) => {}
+        (Some(_), None) => return wrong("it has soft targets, but the cache is of tokens only".into()),
+        (None, Some(_)) => return wrong("it has no soft targets, but the cache is of soft targets".into()),
+        (Some(targets), Some(soft_targets)) => {
+            let Selection::TopK { k } = soft_targets.selection;
+            check_lengths(targets, seq_len, &soft_targets.temperatures)?;
+            check_rows(targets, sequence, k, vocab_size)?;
+        }
+    }
+    Ok(counts)
+}
+
+fn check_lengths(targets: &SparseTargets, seq_len: usize, temperatures: &[f32]) -> Result<(), Problem> {
+    let (offsets, kept) = (&targets.offsets, targets.ids.len());
+    if offsets.len() != seq_len + 1 {
+        return wrong(format!("it has {} offsets, not {} (seq_len + 1)", offsets.len(), seq_len + 1));
+    }
+    if offsets[0] != 0 || offsets[seq_len] != kept as u64 || !offsets.is_sorted() {
+        return wrong(format!("its offsets do not go from 0 to its {kept} kept ids"));
+    }
+    let captured: Vec<f32> = targets.captures.iter().map(|capture| capture.temperature).collect();
+    if captured != temperatures {
+        return wrong(format!("it is captured at temperatures {captured:?}, the cache at {temperatures:?}"));
+    }
+    for (i, capture) in targets.captures.iter().enumerate() {
+        for (name, length, expected) in [
+            ("log_probs", capture.log_probs.len(), kept),
+            ("log_tail", capture.log_tail.len(), seq_len),
+            ("label_log_prob", capture.label_log_prob.len(), seq_len),
+        ] {
+            if length != expected {
+                return wrong(format!("its {name}.{i} has {length} numbers, not {expected}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_rows(targets: &SparseTargets, sequence: &PackedSequence, k: usize, vocab_size: usize) -> Result<(), Problem> {
+    let mut sorted = Vec::with_capacity(k);
+    for row in 0..sequence.seq_len() {
+        let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
+        let ids = &targets.ids[kept.clone()];
+        if !sequence.is_valid(row) {
+            if !ids.is_empty() {
+                return wrong(format!("row {row} predicts across documents or padding, but keeps ids"));
+            }
+            continue;
+        }
+        if ids.len() > k {
+            return wrong(format!("row {row} keeps {} ids, more than top_k = {k}", ids.len()));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            return wrong(format!("row {row} keeps the id {id}, outside the vocabulary of {vocab_size}"));
+        }
+        sorted.clear();
+        sorted.extend_from_slice(ids);
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            return wrong(format!("row {row} keeps the id {} twice", pair[0]));
+        }
+        for (i, capture) in targets.captures.iter().enumerate() {
+            let log_probs = &capture.log_probs[kept.clone()];
+            if let Some(place) = log_probs.iter().position(|log_prob| !log_prob.is_finite()) {
+                let (log_prob, id) = (log_probs[place], ids[place]);
+                return Err(Problem::NotFinite(format!("log_probs.{i} of row {row}, id {id} ({log_prob})")));
+            }
+            if !log_probs.is_sorted_by(|left, right| left >= right) {
+                return wrong(format!("log_probs.{i} of row {row} do not descend"));
+            }
+            for (name, log_prob) in [
+                ("log_probs", log_probs.first().copied().unwrap_or(0.0)),
+                ("log_tail", capture.log_tail[row]),
+                ("label_log_prob", capture.label_log_prob[row]),
+            ] {
+                if log_prob.is_nan() {
+                    return Err(Problem::NotFinite(format!("{name}.{i} of row {row} ({log_prob})")));
+                }
+                if log_prob > ROUNDING {
+                    return wrong(format!("{name}.{i} of row {row} is {log_prob}, a probability above 1"));
+                }
+            }
+        }
+    }
+    Ok(())
+}

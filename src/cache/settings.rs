@@ -1,0 +1,235 @@
+//! What a cache is made of and with: everything that must agree between the runs that write and read it.
+
+use serde::{Deserialize, Serialize};
+
+use super::codec::Codec;
+use crate::error::{Error, Result};
+
+/// The settings of one cache. Two caches with equal settings and equal data hold the same sequences.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheSettings {
+    /// Which part of the data this is: `train` or `held_out`.
+    pub split: String,
+    /// Fingerprint of the sources and of how they are mixed, split and packed.
+    pub data_fingerprint: String,
+    pub tokenizer: TokenizerIdentity,
+    /// Predictions per sequence; a sequence has one token more.
+    pub seq_len: usize,
+    /// Sequences per shard; only the last shard may hold fewer.
+    pub sequences_per_shard: usize,
+    pub codec: Codec,
+    /// `None` in a cache of tokens only.
+    pub soft_targets: Option<SoftTargetSettings>,
+}
+
+/// Which tokenizer the token ids belong to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerIdentity {
+    /// Of the tokenizer's content, not of its size.
+    pub fingerprint: String,
+    pub vocab_size: usize,
+}
+
+/// Where the soft targets come from and what of them was kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SoftTargetSettings {
+    pub teacher: TeacherIdentity,
+    pub selection: Selection,
+    /// Temperatures the full rows were captured at.
+    pub temperatures: Vec<f32>,
+}
+
+/// Which teacher spoke.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherIdentity {
+    pub name: String,
+    /// Of its configuration and weights.
+    pub fingerprint: String,
+    /// The number format it ran in.
+    pub dtype: String,
+}
+
+/// Which vocabulary ids of a row are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Selection {
+    /// The `k` most probable.
+    TopK { k: usize },
+}
+
+impl std::fmt::Display for Selection {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Selection::TopK { k } => write!(formatter, "top_k = {k}"),
+        }
+    }
+}
+
+impl CacheSettings {
+    /// Refuses settings that no cache can have.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], naming the setting.
+    pub fn check(&self) -> Result<()> {
+        let vocab_size = self.tokenizer.vocab_size;
+        for (name, value) in [
+            ("seq_len", self.seq_len),
+            ("sequences_per_shard", self.sequences_per_shard),
+            ("tokenizer.vocab_size", vocab_size),
+        ] {
+            // Below 2^32 no product of two of them leaves 64 bits, and every id fits its u32.
+            if value == 0 || value >= u32::MAX as usize {
+                let problem = format!("the cache setting `{name}` is {value}");
+                return Err(Error::usage(problem, format!("give a number from 1 to {}", u32::MAX - 1)));
+            }
+        }
+        if self.split.is_empty() {
+            return Err(Error::usage("the cache setting `split` is empty", "name it `train` or `held_out`"));
+        }
+        let Some(soft_targets) = &self.soft_targets else { return Ok(()) };
+        let Selection::TopK { k } = soft_targets.selection;
+        if k == 0 || k > vocab_size {
+            let problem = if k == 0 {
+                "top_k is 0, which keeps nothing".to_string()
+            } else {
+                format!("top_k is {k}, but the vocabulary has only {vocab_size} tokens")
+            };
+            return Err(Error::usage(problem, format!("set [cache] top_k to a number from 1 to {vocab_size}")));
+        }
+        let temperatures = &soft_targets.temperatures;
+        if temperatures.is_empty() {
+            return Err(Error::usage("no temperature to capture soft targets at", "set [cache] temperatures = [1.0]"));
+        }
+        for (i, temperature) in temperatures.iter().enumerate() {
+            if !temperature.is_finite() || *temperature <= 0.0 {
+                let problem = format!("soft targets cannot be captured at temperature {temperature}");
+                return Err(Error::usage(problem, "give [cache] temperatures above 0"));
+            }
+            if temperatures[..i].contains(temperature) {
+                let problem = format!("temperature {temperature} is captured twice");
+                return Err(Error::usage(problem, "name each of [cache] temperatures once"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The temperatures captured; none in a cache of tokens only.
+    pub fn temperatures(&self) -> &[f32] {
+        self.soft_targets.as_ref().map_or(&[], |soft_targets| &soft_targets.temperatures)
+    }
+
+    /// The first setting in which `self` and `other` differ: its dotted name and both values.
+    pub(crate) fn first_difference(&self, other: &CacheSettings) -> Option<(String, String, String)> {
+        // Through text, because there a temperature of 0.7 reads 0.7, and not 0.699999988.
+        let value = |settings: &CacheSettings| -> serde_json::Value {
+            let text = serde_json::to_string(settings).expect("settings have no map with keys that are not strings");
+            serde_json::from_str(&text).expect("what was serialised parses")
+        };
+        first_difference("", &value(self), &value(other))
+    }
+}
+
+fn first_difference(
+    name: &str,
+    left: &serde_json::Value,
+    right: &serde_json::Value,
+) -> Option<(String, String, String)> {
+    if let (Some(left), Some(right)) = (left.as_object(), right.as_object()) {
+        // Both sides of one type have the same keys; a key that only one variant of an enum has reads as null.
+        return left.keys().chain(right.keys()).find_map(|key| {
+            let inner = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+            let null = serde_json::Value::Null;
+            first_difference(&inner, left.get(key).unwrap_or(&null), right.get(key).unwrap_or(&null))
+        });
+    }
+    (left != right).then(|| (name.to_string(), left.to_string(), right.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> CacheSettings {
+        CacheSettings {
+            split: "train".into(),
+            data_fingerprint: "d".into(),
+            tokenizer: TokenizerIdentity { fingerprint: "t".into(), vocab_size: 100 },
+            seq_len: 8,
+            sequences_per_shard: 2,
+            codec: Codec::Raw,
+            soft_targets: Some(SoftTargetSettings {
+                teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
+                selection: Selection::TopK { k: 4 },
+                temperatures: vec![1.0, 0.7],
+            }),
+        }
+    }
+
+    fn message(change: impl FnOnce(&mut CacheSettings)) -> String {
+        let mut settings = settings();
+        change(&mut settings);
+        settings.check().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn impossible_settings_are_refused_by_name() {
+        settings().check().unwrap();
+        let soft = |settings: &mut CacheSettings, k, temperatures| {
+            let soft_targets = settings.soft_targets.as_mut().unwrap();
+            soft_targets.selection = Selection::TopK { k };
+            soft_targets.temperatures = temperatures;
+        };
+        assert_eq!(
+            message(|settings| soft(settings, 101, vec![1.0])),
+            "top_k is 101, but the vocabulary has only 100 tokens; set [cache] top_k to a number from 1 to 100"
+        );
+        assert_eq!(
+            message(|settings| soft(settings, 0, vec![1.0])),
+            "top_k is 0, which keeps nothing; set [cache] top_k to a number from 1 to 100"
+        );
+        assert_eq!(
+            message(|settings| soft(settings, 1, vec![])),
+            "no temperature to capture soft targets at; set [cache] temperatures = [1.0]"
+        );
+        assert_eq!(
+            message(|settings| soft(settings, 1, vec![0.0])),
+            "soft targets cannot be captured at temperature 0; give [cache] temperatures above 0"
+        );
+        assert_eq!(
+            message(|settings| soft(settings, 1, vec![2.0, 2.0])),
+            "temperature 2 is captured twice; name each of [cache] temperatures once"
+        );
+        assert_eq!(
+            message(|settings| settings.seq_len = 0),
+            "the cache setting `seq_len` is 0; give a number from 1 to 4294967294"
+        );
+        assert_eq!(
+            message(|settings| settings.split.clear()),
+            "the cache setting `split` is empty; name it `train` or `held_out`"
+        );
+    }
+
+    #[test]
+    fn the_first_difference_is_named_with_both_values() {
+        let other = |change: fn(&mut CacheSettings)| {
+            let mut other = settings();
+            change(&mut other);
+            settings().first_difference(&other).map(|(name, left, right)| format!("{name}: {left} {right}"))
+        };
+        assert_eq!(other(|_| ()), None);
+        assert_eq!(other(|other| other.seq_len = 9).unwrap(), "seq_len: 8 9");
+        assert_eq!(
+            other(|other| other.soft_targets.as_mut().unwrap().temperatures[1] = 0.8).unwrap(),
+            "soft_targets.temperatures: [1.0,0.7] [1.0,0.8]"
+        );
+        assert_eq!(
+            other(|other| other.tokenizer.fingerprint = "u".into()).unwrap(),
+            "tokenizer.fingerprint: \"t\" \"u\""
+        );
+        assert!(other(|other| other.soft_targets = None).unwrap().ends_with(" null"));
+    }
+}

@@ -1,0 +1,211 @@
+//! What is in a cache, in numbers a person can judge it by.
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::manifest::Counts;
+use super::reader::CacheReader;
+use crate::error::Result;
+use crate::targets::{Capture, TargetSource};
+
+/// Sequences looked into at most; evenly spread over larger caches.
+const SEQUENCES: u64 = 16_384;
+/// Tail masses kept per capture to find their deciles; evenly thinned out beyond.
+const TAILS: usize = 1 << 20;
+
+/// Statistics of a cache.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    pub shards: usize,
+    /// Of the whole cache, exact.
+    pub counts: Counts,
+    /// Bytes of all shards.
+    pub bytes: u64,
+    /// Sequences that the following statistics looked into; smaller than `counts.sequences` in a large cache.
+    pub sequences_read: u64,
+    /// Fewest and most ids kept in a valid row. Zero without soft targets.
+    pub kept_min: u64,
+    pub kept_max: u64,
+    /// `counts.kept_ids / counts.valid_rows`, exact.
+    pub kept_mean: f64,
+    /// One per temperature; empty without soft targets.
+    pub captures: Vec<CaptureSummary>,
+    /// What the bytes are spent on: each tensor, then `headers`.
+    pub parts: Vec<Part>,
+}
+
+/// Statistics of the valid rows at one temperature.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CaptureSummary {
+    pub temperature: f32,
+    /// Mean probability outside the kept ids.
+    pub tail_mean: f64,
+    /// The smallest tail mass, its nine deciles, and the largest.
+    pub tail_deciles: [f64; 11],
+    /// Mean entropy in nats, the tail taken as one outcome: at most the teacher's true entropy.
+    pub entropy: f64,
+    /// Mean of `-label_log_prob` in nats: the teacher's own loss on this data, at this temperature.
+    pub label_loss: f64,
+    /// Largest distance of kept mass plus tail mass from 1 in a row.
+    pub mass_error: f64,
+}
+
+/// Bytes of one tensor over all shards.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Part {
+    pub name: String,
+    pub bytes: u64,
+    /// Per valid row.
+    pub bytes_per_token: f64,
+}
+
+#[derive(Clone, Default)]
+struct RowStatistics {
+    rows: u64,
+    kept: Option<(u64, u64)>,
+    captures: Vec<CaptureSums>,
+}
+
+#[derive(Clone, Default)]
+struct CaptureSums {
+    tail: f64,
+    entropy: f64,
+    label_loss: f64,
+    mass_error: f64,
+    tails: Vec<f32>,
+}
+
+impl RowStatistics {
+    fn add(mut self, other: RowStatistics) -> RowStatistics {
+        self.rows += other.rows;
+        self.kept = match (self.kept, other.kept) {
+            (Some(mine), Some(theirs)) => Some((mine.0.min(theirs.0), mine.1.max(theirs.1))),
+            (mine, theirs) => mine.or(theirs),
+        };
+        self.captures.resize(self.captures.len().max(other.captures.len()), CaptureSums::default());
+        for (mine, theirs) in self.captures.iter_mut().zip(other.captures) {
+            mine.tail += theirs.tail;
+            mine.entropy += theirs.entropy;
+            mine.label_loss += theirs.label_loss;
+            mine.mass_error = mine.mass_error.max(theirs.mass_error);
+            mine.tails.extend(theirs.tails);
+        }
+        self
+    }
+}
+
+impl CacheReader {
+    /// Statistics of the cache. Verifies the shards it looks into.
+    ///
+    /// # Errors
+    /// [`Error::Shard`](crate::Error::Shard) when one is damaged.
+    pub fn summary(&self) -> Result<Summary> {
+        let manifest = self.manifest();
+        let counts = manifest.counts;
+        let sequences_read = counts.sequences.min(SEQUENCES);
+        let temperatures = manifest.settings.temperatures();
+        let mut statistics = RowStatistics::default();
+        if !temperatures.is_empty() {
+            let rows_read = sequences_read as usize * manifest.settings.seq_len;
+            let stride = rows_read.div_ceil(TAILS);
+            let parts: Result<Vec<RowStatistics>> = (0..sequences_read)
+                .into_par_iter()
+                .map(|i| {
+                    self.sequence_statistics(
+                        (i as u128 * counts.sequences as u128 / sequences_read as u128) as u64,
+                        stride,
+                    )
+                })
+                .collect();
+            // In the order of the sequences, so that the sums do not depend on the number of cores.
+            statistics = parts?.into_iter().fold(statistics, RowStatistics::add);
+        }
+        let rows = statistics.rows.max(1) as f64;
+        let captures = temperatures.iter().zip(statistics.captures).map(|(&temperature, mut sums)| {
+            sums.tails.sort_by(f32::total_cmp);
+            let last = sums.tails.len().saturating_sub(1);
+            let decile = |i: usize| sums.tails.get((last * i + 5) / 10).map_or(0.0, |tail| f64::from(*tail));
+            CaptureSummary {
+                temperature,
+                tail_mean: sums.tail / rows,
+                tail_deciles: std::array::from_fn(decile),
+                entropy: sums.entropy / rows,
+                label_loss: sums.label_loss / rows,
+                mass_error: sums.mass_error,
+            }
+        });
+        let captures = captures.collect();
+        let (kept_min, kept_max) = statistics.kept.unwrap_or_default();
+        Ok(Summary {
+            shards: manifest.shards.len(),
+            counts,
+            bytes: manifest.shards.iter().map(|shard| shard.bytes).sum(),
+            sequences_read,
+            kept_min,
+            kept_max,
+            kept_mean: counts.kept_ids as f64 / counts.valid_rows.max(1) as f64,
+            captures,
+            parts: self.parts()?,
+        })
+    }
+
+    fn sequence_statistics(&self, number: u64, stride: usize) -> Result<RowStatistics> {
+        let batch = self.read(&[number])?;
+        let (sequence, mut statistics) = (&batch.sequences[0], RowStatistics::default());
+        let Some(targets) = &batch.targets else { return Ok(statistics) };
+        statistics.captures = vec![CaptureSums::default(); targets.captures.len()];
+        for row in (0..sequence.seq_len()).filter(|row| sequence.is_valid(*row)) {
+            let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
+            let count = kept.len() as u64;
+            let (min, max) = statistics.kept.unwrap_or((count, count));
+            statistics.kept = Some((min.min(count), max.max(count)));
+            statistics.rows += 1;
+            // The place in the whole cache decides, so that thinning out is even and repeatable.
+            let sampled = (number as usize).wrapping_mul(sequence.seq_len()).wrapping_add(row).is_multiple_of(stride);
+            for (sums, capture) in statistics.captures.iter_mut().zip(&targets.captures) {
+                sums.add_row(capture, kept.clone(), row, sampled);
+            }
+        }
+        Ok(statistics)
+    }
+
+    fn parts(&self) -> Result<Vec<Part>> {
+        let manifest = self.manifest();
+        let per_token = |bytes: u64| bytes as f64 / manifest.counts.valid_rows.max(1) as f64;
+        let mut parts: std::collections::BTreeMap<String, u64> = Default::default();
+        let mut headers = 0;
+        for (number, record) in manifest.shards.iter().enumerate() {
+            let (_, index) = self.map_shard(number)?;
+            let index = index.map_err(|problem| self.shard_error(number, problem))?;
+            headers += record.bytes;
+            for (name, bytes) in index.sizes() {
+                *parts.entry(name.to_string()).or_default() += bytes as u64;
+                headers -= bytes as u64;
+            }
+        }
+        let parts = parts.into_iter().chain([("headers".to_string(), headers)]);
+        Ok(parts.map(|(name, bytes)| Part { name, bytes, bytes_per_token: per_token(bytes) }).collect())
+    }
+}
+
+impl CaptureSums {
+    fn add_row(&mut self, capture: &Capture, kept: std::ops::Range<usize>, row: usize, sampled: bool) {
+        let log_tail = f64::from(capture.log_tail[row]);
+        let tail = log_tail.exp();
+        let (mut mass, mut entropy) = (tail, 0.0);
+        for log_prob in capture.log_probs[kept].iter().map(|log_prob| f64::from(*log_prob)) {
+            mass += log_prob.exp();
+            entropy -= log_prob.exp() * log_prob;
+        }
+        if tail > 0.0 {
+            entropy -= tail * log_tail;
+        }
+        self.tail += tail;
+        self.entropy += entropy;
+        self.label_loss -= f64::from(capture.label_log_prob[row]);
+        self.mass_error = self.mass_error.max((mass - 1.0).abs());
+        if sampled {
+            self.tails.push(tail as f32);
+        }
+    }
+}
