@@ -177,7 +177,9 @@ impl Tokenizer {
     fn is_byte_level(&self) -> bool {
         fn mentions(value: &Value) -> bool {
             match value {
-                Value::Object(map) => map.get("type").is_some_and(|kind| kind == "ByteLevel") || map.values().any(mentions),
+                Value::Object(map) => {
+                    map.get("type").is_some_and(|kind| kind == "ByteLevel") || map.values().any(mentions)
+                }
                 Value::Array(items) => items.iter().any(mentions),
                 _ => false,
             }
@@ -242,12 +244,7 @@ fn fingerprint(tokenizer: &tokenizers::Tokenizer) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-fn document_token(
-    folder: &Path,
-    tokenizer: &tokenizers::Tokenizer,
-    key: &str,
-    known: &[&str],
-) -> Result<Option<u32>> {
+fn document_token(folder: &Path, tokenizer: &tokenizers::Tokenizer, key: &str, known: &[&str]) -> Result<Option<u32>> {
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         let file = folder.join(name);
         let Some(settings) = read_json(&file)? else { continue };
@@ -348,13 +345,19 @@ pub fn train_byte_level_bpe(
     let least = alphabet.len() + special_tokens.len();
     if vocab_size < least {
         return Err(Error::usage(
-            format!("a vocabulary of {vocab_size} has no room for 256 bytes and {} special tokens", special_tokens.len()),
+            format!(
+                "a vocabulary of {vocab_size} has no room for 256 bytes and {} special tokens",
+                special_tokens.len()
+            ),
             format!("ask for at least {least}"),
         ));
     }
     for (number, token) in special_tokens.iter().enumerate() {
         if token.is_empty() || special_tokens[..number].contains(token) {
-            return Err(Error::usage(format!("special token `{token}` is empty or given twice"), "name each token once"));
+            return Err(Error::usage(
+                format!("special token `{token}` is empty or given twice"),
+                "name each token once",
+            ));
         }
     }
     let specials: Vec<AddedToken> = special_tokens.iter().map(|&token| AddedToken::from(token, true)).collect();
