@@ -36,7 +36,9 @@ impl Schedule {
     pub fn peak(&self) -> f64 {
         match *self {
             Schedule::Constant { value } => value,
-            Schedule::Linear { from, to } | Schedule::Cosine { from, to } | Schedule::Wsd { from, to, .. } => from.max(to),
+            Schedule::Linear { from, to } | Schedule::Cosine { from, to } | Schedule::Wsd { from, to, .. } => {
+                from.max(to)
+            }
         }
     }
 }
