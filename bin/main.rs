@@ -1,5 +1,7 @@
 //! The command line: parse, log to stderr, dispatch, exit code. What commands do is in the library.
 
+#![allow(clippy::duplicate_mod)] // of missing.rs
+
 mod cli;
 mod completions;
 mod inspect;
@@ -7,7 +9,7 @@ mod output;
 mod plan;
 mod setup;
 
-// The library sides of these are not there yet; without the `path` line a module is its own file.
+// The library sides of these are not there yet; without its `path` line a module is its own file.
 #[path = "missing.rs"]
 mod distill;
 #[path = "missing.rs"]

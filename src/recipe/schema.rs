@@ -62,13 +62,16 @@ pub struct DataSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// A `.txt`, `.jsonl` or `.parquet` file, or a pattern such as `data/*.jsonl`.
+    /// A text (`.txt`, `.md`, `.rst`), JSON Lines (`.jsonl`, `.ndjson`) or `.parquet` file, or a pattern such as
+    /// `data/*.jsonl`.
     pub path: PathBuf,
     /// Share of the tokens, in proportion to the other weights. Default 1.
     #[serde(default = "one")]
     pub weight: f64,
     /// Name of the field (JSON Lines) or column (Parquet) that holds the text. Default `text`.
     pub field: Option<String>,
+    /// A line that separates the documents of a plain text file. Default: a file is one document.
+    pub document_separator: Option<String>,
 }
 
 /// `data.held_out`: an amount taken from the sources by whole documents, or sources of its own.
