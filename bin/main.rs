@@ -1,1 +1,67 @@
-fn main() {}
+//! The command line: parse, log to stderr, dispatch, exit code. What commands do is in the library.
+
+#![allow(clippy::duplicate_mod)] // of missing.rs
+
+mod cli;
+mod completions;
+mod inspect;
+mod output;
+mod plan;
+mod setup;
+
+// The library sides of these are not there yet; without its `path` line a module is its own file.
+#[path = "missing.rs"]
+mod distill;
+#[path = "missing.rs"]
+mod evaluate;
+#[path = "missing.rs"]
+mod generate;
+#[path = "missing.rs"]
+mod inspect_cache;
+#[path = "missing.rs"]
+mod inspect_checkpoint;
+#[path = "missing.rs"]
+mod logits;
+#[path = "missing.rs"]
+mod precompute;
+#[path = "missing.rs"]
+mod tokenizer;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use limbeck::Result;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    setup::log(&cli.verbosity);
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our results has seen enough: `limbeck inspect x | head` is no failure.
+        Err(error) if output::is_closed(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<()> {
+    match command {
+        Command::PrecomputeTeacherLogits(args) if args.dry_run => plan::run(&args.recipe, &args.run),
+        Command::PrecomputeTeacherLogits(args) => precompute::run(&args),
+        Command::Distill(args) if args.dry_run => plan::run(&args.recipe, &args.run),
+        Command::Distill(args) => distill::run(&args),
+        Command::Evaluate(args) if args.dry_run => plan::run(&args.target, &args.run),
+        Command::Evaluate(args) => evaluate::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Tokenizer(args) => match args.command {
+            cli::TokenizerCommand::Train(args) => tokenizer::run(&args),
+        },
+        Command::Generate(args) => generate::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    }
+}

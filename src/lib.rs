@@ -8,6 +8,7 @@ pub mod eval;
 pub mod loss;
 pub mod models;
 pub mod recipe;
+pub mod run;
 pub mod schedule;
 pub mod targets;
 pub mod teacher;

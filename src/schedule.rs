@@ -43,6 +43,26 @@ impl Schedule {
     }
 }
 
+/// A learning rate: a straight climb from near zero over `warmup` steps, then `schedule` over the rest of the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LearningRate {
+    /// Steps of warm-up; 0 for none.
+    pub warmup: u64,
+    /// What follows, as if the run began after the warm-up.
+    pub schedule: Schedule,
+}
+
+impl LearningRate {
+    /// The rate at `step` of `total` steps. The first step of a warm-up is one share of it, never zero.
+    pub fn value(&self, step: u64, total: u64) -> f64 {
+        if step < self.warmup {
+            return self.schedule.value(0, total) * (step + 1) as f64 / self.warmup as f64;
+        }
+        self.schedule.value(step - self.warmup, total.saturating_sub(self.warmup))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,5 +81,16 @@ mod tests {
         assert!((Schedule::Cosine { from: 0.9, to: 0.5 }.value(50, 101) - 0.7).abs() < 1e-12);
         assert_eq!(Schedule::Wsd { from: 1.0, to: 0.0, decay: 0.2 }.value(79, 101), 1.0);
         assert_eq!(Schedule::Constant { value: 0.3 }.value(7, 0), 0.3);
+    }
+
+    #[test]
+    fn a_warm_up_climbs_to_the_schedule_and_leaves_it_the_rest_of_the_run() {
+        let rate = LearningRate { warmup: 10, schedule: Schedule::Linear { from: 1.0, to: 0.0 } };
+        assert!((rate.value(0, 111) - 0.1).abs() < 1e-12);
+        assert!((rate.value(9, 111) - 1.0).abs() < 1e-12);
+        assert!((rate.value(10, 111) - 1.0).abs() < 1e-12);
+        assert!((rate.value(60, 111) - 0.5).abs() < 1e-12);
+        assert!((rate.value(110, 111) - 0.0).abs() < 1e-12);
+        assert_eq!(LearningRate { warmup: 0, ..rate }.value(0, 100), 1.0);
     }
 }

@@ -1,1 +1,18 @@
-//! recipe
+//! Recipes: what a user writes ([`Recipe`]), and what it amounts to ([`Plan`]).
+//!
+//! A recipe is read, merged with its overrides and checked in one go ([`Recipe::load`]): one that exists makes sense on
+//! its own. A [`Plan`] adds the numbers that follow from it and, once the models are known, what they cost.
+//!
+//! Knows nothing of how any part of a run is carried out.
+
+mod amount;
+mod check;
+mod keys;
+mod load;
+mod plan;
+mod schema;
+
+pub use amount::TokenCount;
+pub use keys::all_keys;
+pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, raw_cache_bytes};
+pub use schema::*;

@@ -1,0 +1,219 @@
+//! Every flag and every word of help. Says what was typed; what it means is the commands' business.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+/// Distil large language models: keep a teacher's soft targets, train students from them
+#[derive(Debug, Parser)]
+#[command(
+    name = "limbeck",
+    version,
+    arg_required_else_help = true,
+    after_help = "Results go to stdout, progress and errors to stderr.\n\
+                  Exit codes: 0 done, 1 failed, 2 the recipe or the command is wrong, 130 interrupted with its state saved."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+}
+
+#[derive(Debug, Args)]
+pub struct Verbosity {
+    /// Log more; twice for everything
+    #[arg(short, long, action = ArgAction::Count, global = true, conflicts_with = "quiet")]
+    pub verbose: u8,
+
+    /// Log errors only
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the teacher over the text and keep its soft targets in a cache
+    ///
+    /// A run that was interrupted picks up where it stopped. A finished cache is left as it is.
+    PrecomputeTeacherLogits(RunArgs),
+
+    /// Train a student as a recipe says, and report how it did
+    ///
+    /// Fills what its cache lacks first, when the recipe names a teacher. Prints a table of the held-out results and the path
+    /// of the report. A run that was interrupted picks up where it stopped.
+    Distill(RunArgs),
+
+    /// Measure the latest checkpoints of a run on its held-out text again
+    Evaluate(EvaluateArgs),
+
+    /// Say what a recipe, cache, checkpoint or run directory holds
+    Inspect(InspectArgs),
+
+    /// Make tokenizers
+    Tokenizer(TokenizerArgs),
+
+    /// Continue a prompt with a model
+    Generate(GenerateArgs),
+
+    /// Compute a model's logits for given token ids, to compare with another implementation
+    Logits(LogitsArgs),
+
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// What every command that runs a recipe takes.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+
+    #[command(flatten)]
+    pub run: RunFlags,
+
+    /// Print the plan and stop
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunFlags {
+    /// Override one key of the recipe, as in --set cache.top_k=32; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+
+    /// Where results go [default: the recipe's run.dir, else runs/<name>]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub device: DeviceFlag,
+}
+
+#[derive(Debug, Args)]
+pub struct DeviceFlag {
+    /// Where to compute: cpu, cuda, cuda:N, wgpu or tch; all but cpu need a build with that feature
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: String,
+}
+
+#[derive(Debug, Args)]
+pub struct EvaluateArgs {
+    /// The recipe, or the run directory
+    #[arg(value_name = "RECIPE|RUN_DIR")]
+    pub target: PathBuf,
+
+    #[command(flatten)]
+    pub run: RunFlags,
+
+    /// Print the plan and stop
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A recipe, or the directory of a cache, a checkpoint or a run
+    pub path: PathBuf,
+
+    /// Override one key of the recipe, as in --set cache.top_k=32; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+
+    /// Read every byte of a cache and check it against its checksums
+    #[arg(long)]
+    pub verify: bool,
+
+    /// List every tensor of a checkpoint
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizerArgs {
+    #[command(subcommand)]
+    pub command: TokenizerCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Train a byte-level BPE tokenizer on text
+    Train(TokenizerTrainArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizerTrainArgs {
+    /// Text, JSON Lines or Parquet files, or patterns such as 'text/*.jsonl'; may be given several times
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    pub input: Vec<PathBuf>,
+
+    /// Field or column that holds the text [default: text]
+    #[arg(long, value_name = "NAME")]
+    pub field: Option<String>,
+
+    /// Number of tokens, the 256 bytes and the special tokens among them
+    #[arg(long, value_name = "COUNT")]
+    pub vocab_size: usize,
+
+    /// A token that text never becomes by itself; may be given several times
+    #[arg(long, value_name = "TOKEN", default_values_t = ["<|begin_of_text|>".to_string(), "<|end_of_text|>".to_string()])]
+    pub special_token: Vec<String>,
+
+    /// The directory to write tokenizer.json into
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// A model directory
+    pub checkpoint: PathBuf,
+
+    /// The text to continue
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: String,
+
+    /// Most tokens to add
+    #[arg(long, value_name = "COUNT", default_value_t = 128)]
+    pub max_tokens: usize,
+
+    /// 0 always takes the most probable token; higher is more varied
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0)]
+    pub temperature: f64,
+
+    /// Choose among the most probable tokens only; 0 for all
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub top_k: usize,
+
+    /// Seed of the choices
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub seed: u64,
+
+    #[command(flatten)]
+    pub device: DeviceFlag,
+}
+
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// A model directory
+    pub checkpoint: PathBuf,
+
+    /// Safetensors file with `input_ids`, i64 of shape [batch, sequence]
+    #[arg(long, value_name = "IN.safetensors")]
+    pub tokens: PathBuf,
+
+    /// Safetensors file to write `logits` to, f32 of shape [batch, sequence, vocabulary]
+    #[arg(long, value_name = "OUT.safetensors")]
+    pub output: PathBuf,
+
+    #[command(flatten)]
+    pub device: DeviceFlag,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}

@@ -1,0 +1,38 @@
+//! `inspect`: what a path holds, decided by what it is.
+
+use limbeck::recipe::{Plan, Recipe};
+use limbeck::run::RunOptions;
+use limbeck::{Error, Result};
+
+use crate::cli::InspectArgs;
+use crate::output::print;
+use crate::{inspect_cache, inspect_checkpoint};
+
+pub fn run(args: &InspectArgs) -> Result<()> {
+    let path = &args.path;
+    if !path.exists() {
+        let problem = format!("there is nothing at {}", path.display());
+        return Err(Error::usage(problem, "name a recipe, or the directory of a cache, a checkpoint or a run"));
+    }
+    let holds = |name: &str| path.join(name).is_file();
+    let is_recipe = path.is_file() || holds("recipe.toml");
+    if !is_recipe && !args.set.is_empty() {
+        return Err(Error::usage(format!("{} is not a recipe", path.display()), "use --set with recipes only"));
+    }
+    if is_recipe {
+        let (file, run_dir) =
+            if path.is_file() { (path.clone(), None) } else { (path.join("recipe.toml"), Some(path.clone())) };
+        let recipe = Recipe::load(file, &args.set)?;
+        print(&Plan::new(&recipe, &RunOptions { run_dir, ..RunOptions::default() })?.to_string())
+    } else if holds("manifest.json") || holds("train/manifest.json") {
+        inspect_cache::run(args)
+    } else if holds("config.json") {
+        inspect_checkpoint::run(args)
+    } else {
+        Err(Error::file(
+            path,
+            "holds no recipe.toml, manifest.json or config.json",
+            "name a recipe, or the directory of a cache, a checkpoint or a run",
+        ))
+    }
+}

@@ -1,0 +1,16 @@
+//! `--dry-run`: the plan of a recipe, and nothing else.
+
+use std::path::Path;
+
+use limbeck::Result;
+use limbeck::recipe::Plan;
+
+use crate::cli::RunFlags;
+use crate::output::print;
+use crate::setup::recipe_and_options;
+
+pub fn run(target: &Path, flags: &RunFlags) -> Result<()> {
+    let (recipe, options) = recipe_and_options(target, flags)?;
+    let plan = Plan::new(&recipe, &options)?;
+    print(&plan.to_string())
+}

@@ -1,0 +1,64 @@
+//! From what was typed to a recipe and the options of its run; logging and Ctrl-C.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use limbeck::recipe::Recipe;
+use limbeck::run::RunOptions;
+use limbeck::{Error, Result};
+use tracing::Level;
+
+use crate::cli::{RunFlags, Verbosity};
+
+/// Sends the log to stderr.
+pub fn log(verbosity: &Verbosity) {
+    let level = match (verbosity.quiet, verbosity.verbose) {
+        (true, _) => Level::ERROR,
+        (false, 0) => Level::INFO,
+        (false, 1) => Level::DEBUG,
+        (false, _) => Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(level == Level::TRACE)
+        .without_time()
+        .init();
+}
+
+/// The recipe at `target`, or the frozen one of the run directory `target`, and the options of its run.
+pub fn recipe_and_options(target: &Path, flags: &RunFlags) -> Result<(Recipe, RunOptions)> {
+    let frozen = target.join("recipe.toml");
+    let (path, run_dir) = if frozen.is_file() {
+        if flags.run_dir.is_some() {
+            let problem = format!("{} is a run directory, and --run-dir is given as well", target.display());
+            return Err(Error::usage(problem, "name one of the two"));
+        }
+        (frozen.as_path(), Some(target.to_path_buf()))
+    } else {
+        (target, flags.run_dir.clone())
+    };
+    let recipe = Recipe::load(path, &flags.set)?;
+    let options = RunOptions { run_dir, device: flags.device.device.clone(), ..RunOptions::default() };
+    // Refused here, before anything is read or computed.
+    options.device()?;
+    Ok((recipe, options))
+}
+
+/// Makes the first Ctrl-C ask the run to stop, and the second one end it at once.
+#[allow(dead_code)] // called by the commands that run
+pub fn stop_on_ctrl_c(stop: &Arc<AtomicBool>) -> Result<()> {
+    let stop = stop.clone();
+    let handler = move || {
+        if stop.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping as soon as the state is saved; press Ctrl-C again to stop at once");
+    };
+    ctrlc::set_handler(handler).map_err(|error| {
+        Error::usage(format!("Ctrl-C cannot be handled: {error}"), "run in an ordinary terminal session")
+    })
+}

@@ -1,0 +1,33 @@
+# What is done often. `just` lists it; every line also works when typed by hand.
+
+default:
+    @just --list
+
+# Format everything
+fmt:
+    cargo fmt --all
+
+# Format check and lints, as continuous integration has them
+lint:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# Every test, documentation examples included
+test:
+    cargo test --workspace
+
+# The documentation, with warnings as errors
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# Type-check the CUDA build; needs no CUDA
+cuda-check:
+    DOCS_RS=1 cargo check --features cuda
+
+# Distil the bundled teacher; minutes on two cores
+quickstart:
+    cargo run --release -- distill recipes/quickstart/scout.toml
+
+# All that continuous integration runs
+ci:
+    .ci/run

@@ -1,0 +1,359 @@
+//! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
+//! model's or tokenizer's numbers.
+
+use super::schema::{
+    HeldOut, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, Source, TeacherMode, WeightingKind,
+};
+use crate::error::Result;
+
+/// Refuses a recipe that cannot be run whatever the models are.
+pub(super) fn check(recipe: &Recipe) -> Result<()> {
+    check_name(recipe)?;
+    check_data(recipe)?;
+    check_teacher_and_cache(recipe)?;
+    check_student(recipe)?;
+    check_loss(recipe)?;
+    check_train(recipe)
+}
+
+impl Recipe {
+    /// Refuses a `cache.top_k` that keeps more ids than the vocabulary has.
+    pub fn check_top_k(&self, vocab_size: usize) -> Result<()> {
+        if self.teacher.is_none() || self.cache.top_k <= vocab_size {
+            return Ok(());
+        }
+        let problem = format!("is {}, but the teacher's vocabulary has {vocab_size} tokens", self.cache.top_k);
+        Err(self.error("cache.top_k", problem, format!("use at most {vocab_size}")))
+    }
+
+    /// Refuses sequences longer than a model is made for. `model` says whose maximum it is, as in "the teacher".
+    pub fn check_seq_len(&self, model: &str, max_position: usize) -> Result<()> {
+        if self.data.seq_len <= max_position {
+            return Ok(());
+        }
+        let problem = format!("is {}, but {model} reads at most {max_position} positions", self.data.seq_len);
+        Err(self.error("data.seq_len", problem, format!("use at most {max_position}")))
+    }
+
+    /// Refuses a student that predicts fewer tokens than the tokenizer has, or another number than the teacher does.
+    pub fn check_vocabulary(&self, student: usize, tokenizer: usize, teacher: Option<usize>) -> Result<()> {
+        let key = if self.student.checkpoint.is_some() { "student.checkpoint" } else { "student.shape.vocab" };
+        if student < tokenizer {
+            let problem = format!("gives a vocabulary of {student}, but the tokenizer has {tokenizer} tokens");
+            return Err(self.error(key, problem, format!("use at least {tokenizer}")));
+        }
+        match teacher.filter(|teacher| *teacher != student) {
+            None => Ok(()),
+            Some(teacher) => {
+                let problem = format!("gives a vocabulary of {student}, but the teacher's has {teacher} tokens");
+                Err(self.error(key, problem, "student and teacher must predict the same tokens"))
+            }
+        }
+    }
+
+    /// Refuses a warm-up that takes the whole run or more.
+    pub(super) fn check_warm_up(&self, steps: u64) -> Result<()> {
+        let control = self.control.as_ref().and_then(|control| control.lr.as_ref());
+        for (key, lr) in [("train.lr.warmup", Some(&self.train.lr)), ("control.lr.warmup", control)] {
+            if let Some(lr) = lr.filter(|lr| lr.warmup > 0 && lr.warmup >= steps) {
+                let problem = format!("is {}, but the run has only {steps} steps", lr.warmup);
+                return Err(self.error(key, problem, format!("use fewer than {steps}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn positive(&self, key: &str, value: u64) -> Result<()> {
+        if value > 0 { Ok(()) } else { Err(self.error(key, "is 0", "use at least 1")) }
+    }
+
+    /// Refuses a number outside a range given in words.
+    fn number(&self, key: &str, value: f64, allowed: bool, range: &str) -> Result<()> {
+        if value.is_finite() && allowed {
+            return Ok(());
+        }
+        Err(self.error(key, format!("is {value}"), format!("use a number {range}")))
+    }
+}
+
+fn check_name(recipe: &Recipe) -> Result<()> {
+    let name = &recipe.name;
+    let plain = name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c));
+    if name.is_empty() || !plain || name.starts_with('.') {
+        let tip = "use letters, digits, `_`, `-` and `.`, for it names a directory";
+        return Err(recipe.error("name", format!("is {name:?}"), tip));
+    }
+    for (key, seed) in [("seed", Some(recipe.seed)), ("student.init_seed", recipe.student.init_seed)] {
+        if let Some(seed) = seed.filter(|seed| *seed > i64::MAX as u64) {
+            return Err(recipe.error(key, format!("is {seed}"), format!("use at most {}", i64::MAX)));
+        }
+    }
+    Ok(())
+}
+
+fn check_data(recipe: &Recipe) -> Result<()> {
+    let data = &recipe.data;
+    check_sources(recipe, "data.sources", &data.sources)?;
+    recipe.positive("data.tokens", data.tokens.0)?;
+    recipe.positive("data.seq_len", data.seq_len as u64)?;
+    if data.seq_len > u32::MAX as usize {
+        return Err(recipe.error("data.seq_len", format!("is {}", data.seq_len), "use less than 2^32"));
+    }
+    match &data.held_out {
+        Some(HeldOut::Tokens(tokens)) => recipe.positive("data.held_out", tokens.0),
+        Some(HeldOut::Sources(held_out)) => check_sources(recipe, "data.held_out.sources", &held_out.sources),
+        None => Ok(()),
+    }
+}
+
+fn check_sources(recipe: &Recipe, key: &str, sources: &[Source]) -> Result<()> {
+    if sources.is_empty() {
+        return Err(recipe.error(key, "is empty", "name at least one file, as in [{ path = \"text.txt\" }]"));
+    }
+    for (number, source) in sources.iter().enumerate() {
+        let weight = source.weight;
+        recipe.number(&format!("{key}[{number}].weight"), weight, weight > 0.0, "above 0")?;
+    }
+    Ok(())
+}
+
+fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
+    let cache = &recipe.cache;
+    recipe.positive("cache.sequences_per_shard", cache.sequences_per_shard as u64)?;
+    if cache.top_k == 0 {
+        return Err(recipe.error("cache.top_k", "is 0", "keep at least 1 id per prediction"));
+    }
+    if cache.temperatures.is_empty() {
+        return Err(recipe.error("cache.temperatures", "is empty", "use [1.0]"));
+    }
+    for (number, &temperature) in cache.temperatures.iter().enumerate() {
+        recipe.number("cache.temperatures", temperature, temperature > 0.0, "above 0 for each temperature")?;
+        if cache.temperatures[..number].contains(&temperature) {
+            let problem = format!("has {temperature} twice");
+            return Err(recipe.error("cache.temperatures", problem, "name each temperature once"));
+        }
+    }
+    match &recipe.teacher {
+        Some(teacher) => {
+            let mode = match teacher.mode {
+                TeacherMode::Resident => None,
+                TeacherMode::Streamed => Some("streamed"),
+                TeacherMode::Remote => Some("remote"),
+            };
+            if let Some(mode) = mode {
+                let problem = format!("is `{mode}`, which this version cannot do");
+                return Err(recipe.error("teacher.mode", problem, "use `resident`"));
+            }
+            recipe.positive("teacher.batch_tokens", teacher.batch_tokens.0)
+        }
+        None if recipe.has_control() => Err(recipe.error(
+            "control",
+            "compares with a run that has a teacher, and this recipe has none",
+            "add [teacher], or remove [control]",
+        )),
+        None => Ok(()),
+    }
+}
+
+fn check_student(recipe: &Recipe) -> Result<()> {
+    let student = &recipe.student;
+    match (&student.shape, &student.checkpoint) {
+        (None, None) => {
+            let problem = "has neither `shape` nor `checkpoint`";
+            Err(recipe.error("student", problem, "give one, as in shape = { like = \"scout\", layers = 4 }"))
+        }
+        (Some(_), Some(_)) => {
+            Err(recipe.error("student.checkpoint", "is given beside `student.shape`", "give only one of the two"))
+        }
+        (None, Some(_)) => {
+            let given = [("init_std", student.init_std.is_some()), ("init_seed", student.init_seed.is_some())];
+            match given.iter().find(|(_, given)| *given) {
+                None => Ok(()),
+                Some((key, _)) => {
+                    let problem = "is for a new model, and this student starts from `student.checkpoint`";
+                    Err(recipe.error(&format!("student.{key}"), problem, "remove one of the two"))
+                }
+            }
+        }
+        (Some(shape), None) => {
+            let std = student.init_std();
+            recipe.number("student.init_std", std, std > 0.0, "above 0, as in 0.02")?;
+            check_shape(recipe, shape)
+        }
+    }
+}
+
+fn check_shape(recipe: &Recipe, shape: &Shape) -> Result<()> {
+    let key = |name: &str| format!("student.shape.{name}");
+    let sizes = [
+        ("layers", shape.layers),
+        ("hidden", shape.hidden),
+        ("heads", shape.heads),
+        ("kv_heads", shape.kv_heads),
+        ("head_dim", shape.head_dim),
+        ("experts", shape.experts),
+        ("experts_per_token", shape.experts_per_token),
+        ("expert_width", shape.expert_width),
+        ("dense_width", shape.dense_width),
+        ("moe_interval", shape.moe_interval),
+        ("chunk", shape.chunk),
+        ("nope_interval", shape.nope_interval),
+        ("vocab", shape.vocab),
+        ("max_position", shape.max_position),
+    ];
+    for (name, size) in sizes {
+        recipe.positive(&key(name), size.unwrap_or(1) as u64)?;
+    }
+    for (name, value) in [("rope_theta", shape.rope_theta), ("norm_eps", shape.norm_eps)] {
+        let value = value.unwrap_or(1.0);
+        recipe.number(&key(name), value, value > 0.0, "above 0")?;
+    }
+    if let (Some(heads), Some(kv_heads)) = (shape.heads, shape.kv_heads)
+        && heads % kv_heads != 0
+    {
+        let problem = format!("is {kv_heads}, which does not divide `heads` = {heads}");
+        return Err(recipe.error(&key("kv_heads"), problem, "each key head serves the same number of query heads"));
+    }
+    if let Some(head_dim) = shape.head_dim.filter(|head_dim| head_dim % 2 != 0) {
+        let tip = "use an even number, for positions rotate pairs";
+        return Err(recipe.error(&key("head_dim"), format!("is {head_dim}"), tip));
+    }
+    if let (Some(experts), Some(chosen)) = (shape.experts, shape.experts_per_token)
+        && chosen > experts
+    {
+        let problem = format!("is {chosen}, but `experts` is {experts}");
+        return Err(recipe.error(&key("experts_per_token"), problem, format!("use at most {experts}")));
+    }
+    if let Some(position) = shape.max_position {
+        recipe.check_seq_len("the student", position)?;
+    }
+    if shape.like == ShapeName::Llama {
+        let mixture_only = [
+            ("experts", shape.experts.is_some()),
+            ("experts_per_token", shape.experts_per_token.is_some()),
+            ("expert_width", shape.expert_width.is_some()),
+            ("moe_interval", shape.moe_interval.is_some()),
+            ("chunk", shape.chunk.is_some()),
+            ("nope_interval", shape.nope_interval.is_some()),
+        ];
+        if let Some((name, _)) = mixture_only.iter().find(|(_, given)| *given) {
+            let problem = "is a key of Llama 4 shapes, and this student is like `llama`";
+            return Err(recipe.error(&key(name), problem, "remove it, or use like = \"scout\""));
+        }
+    }
+    Ok(())
+}
+
+fn check_loss(recipe: &Recipe) -> Result<()> {
+    let loss = &recipe.loss;
+    let temperature = loss.temperature;
+    recipe.number("loss.temperature", temperature, temperature > 0.0, "above 0")?;
+    if recipe.teacher.is_some() && !recipe.cache.temperatures.contains(&temperature) {
+        let listed = &recipe.cache.temperatures;
+        let problem = format!("is {temperature:?}, but `cache.temperatures` = {listed:?} does not capture it");
+        return Err(recipe.error("loss.temperature", problem, format!("add {temperature:?} to cache.temperatures")));
+    }
+    let Some(weighting) = &loss.weighting else { return Ok(()) };
+    let key = |name: &str| format!("loss.weighting.{name}");
+    let constant = weighting.kind == WeightingKind::Constant;
+    let kind = format!("{:?}", weighting.kind).to_lowercase();
+    for (name, value, wanted) in
+        [("soft", weighting.soft, constant), ("from", weighting.from, !constant), ("to", weighting.to, !constant)]
+    {
+        match value {
+            Some(_) if !wanted => {
+                let problem = format!("is not for a weighting of kind `{kind}`");
+                let tip = if constant { "give `soft` alone" } else { "give `from` and `to`" };
+                return Err(recipe.error(&key(name), problem, tip));
+            }
+            None if wanted => {
+                let problem = format!("of kind `{kind}` lacks `{name}`");
+                return Err(recipe.error("loss.weighting", problem, format!("add {name}, from 0 to 1")));
+            }
+            Some(value) => recipe.number(&key(name), value, (0.0..=1.0).contains(&value), "from 0 to 1")?,
+            None => {}
+        }
+    }
+    if recipe.teacher.is_none() && weighting.schedule().peak() > 0.0 {
+        let problem = "gives the soft target a weight, and this recipe has no teacher";
+        return Err(recipe.error("loss.weighting", problem, "add [teacher], or remove the key"));
+    }
+    Ok(())
+}
+
+fn check_train(recipe: &Recipe) -> Result<()> {
+    let train = &recipe.train;
+    match (train.steps, train.epochs) {
+        (None, None) => return Err(recipe.error("train", "has neither `steps` nor `epochs`", "give one of the two")),
+        (Some(_), Some(_)) => {
+            return Err(recipe.error("train.epochs", "is given beside `train.steps`", "give only one of the two"));
+        }
+        (Some(steps), None) => recipe.positive("train.steps", steps)?,
+        (None, Some(epochs)) => recipe.number("train.epochs", epochs, epochs > 0.0, "above 0")?,
+    }
+    let (seq_len, batch) = (recipe.data.seq_len as u64, train.batch_tokens.0);
+    let multiple = |key: &str, tokens: u64| {
+        recipe.positive(key, tokens)?;
+        if tokens.is_multiple_of(seq_len) {
+            return Ok(());
+        }
+        let below = (tokens / seq_len).max(1) * seq_len;
+        let problem = format!("is {tokens}, which is not a multiple of `data.seq_len` = {seq_len}");
+        Err(recipe.error(key, problem, format!("use {below} or {}", below + seq_len)))
+    };
+    multiple("train.batch_tokens", batch)?;
+    if let Some(micro) = train.micro_batch_tokens {
+        multiple("train.micro_batch_tokens", micro.0)?;
+        if batch % micro.0 != 0 {
+            let problem = format!("is {}, which does not divide `train.batch_tokens` = {batch}", micro.0);
+            return Err(recipe.error(
+                "train.micro_batch_tokens",
+                problem,
+                format!("use {seq_len} times a divisor of {}", batch / seq_len),
+            ));
+        }
+    }
+    check_learning_rate(recipe, "train.lr", &train.lr)?;
+    if let Some(lr) = recipe.control.as_ref().and_then(|control| control.lr.as_ref()) {
+        check_learning_rate(recipe, "control.lr", lr)?;
+    }
+    for beta in train.betas {
+        recipe.number("train.betas", beta, (0.0..1.0).contains(&beta), "from 0 to below 1 for each")?;
+    }
+    recipe.number("train.eps", train.eps, train.eps > 0.0, "above 0")?;
+    for (key, value) in [
+        ("train.weight_decay", train.weight_decay),
+        ("train.clip_norm", train.clip_norm),
+        ("train.router_aux_weight", train.router_aux_weight),
+    ] {
+        recipe.number(key, value, value >= 0.0, "of 0 or more")?;
+    }
+    recipe.positive("train.keep_checkpoints", train.keep_checkpoints as u64)?;
+    recipe.positive("train.log_every", train.log_every)?;
+    if train.evaluate_every.is_some_and(|every| every > 0) && recipe.data.held_out.is_none() {
+        let problem = "asks for evaluations, and this recipe holds nothing out";
+        return Err(recipe.error("train.evaluate_every", problem, "add data.held_out, as in held_out = \"1M\""));
+    }
+    match train.steps {
+        Some(steps) => recipe.check_warm_up(steps),
+        None => Ok(()),
+    }
+}
+
+fn check_learning_rate(recipe: &Recipe, section: &str, lr: &LearningRateSection) -> Result<()> {
+    let key = |name: &str| format!("{section}.{name}");
+    recipe.number(&key("from"), lr.from, lr.from > 0.0, "above 0")?;
+    if let Some(to) = lr.to {
+        recipe.number(&key("to"), to, to >= 0.0, "of 0 or more")?;
+        if lr.schedule == LearningRateKind::Constant {
+            return Err(recipe.error(&key("to"), "is not for a `constant` schedule", "remove it"));
+        }
+    }
+    if let Some(decay) = lr.decay {
+        recipe.number(&key("decay"), decay, (0.0..=1.0).contains(&decay), "from 0 to 1")?;
+        if lr.schedule != LearningRateKind::Wsd {
+            return Err(recipe.error(&key("decay"), "is for a `wsd` schedule alone", "remove it"));
+        }
+    }
+    Ok(())
+}

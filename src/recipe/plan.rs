@@ -1,0 +1,474 @@
+//! The plan: what a recipe amounts to in sequences, steps, bytes and files, said before anything is computed.
+//!
+//! Everything a run does follows from its plan, which holds the recipe with every default filled in.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::amount::{short_bytes, short_count};
+use super::schema::{Dtype, HeldOut, Recipe};
+use crate::error::Result;
+use crate::run::RunOptions;
+use crate::schedule::{LearningRate, Schedule};
+
+/// A recipe, resolved.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// The version of this program.
+    pub program_version: String,
+    pub run_dir: PathBuf,
+    pub cache_dir: PathBuf,
+    pub device: String,
+    /// Packed training sequences.
+    pub sequences: SequenceCount,
+    /// Packed sequences in one optimizer step.
+    pub sequences_per_step: u64,
+    /// Packed sequences in memory at once.
+    pub sequences_per_micro_batch: u64,
+    pub micro_batches_per_step: u64,
+    pub steps: u64,
+    /// Tokens (predictions) the student is trained on, repeats included.
+    pub trained_tokens: u64,
+    /// Passes over the training sequences.
+    pub epochs: f64,
+    /// Bytes of the training cache.
+    pub cache_bytes: u64,
+    /// What is trained: `student`, and `control` when the recipe asks for it.
+    pub arms: Vec<String>,
+    /// The sizes of the models, once they are known.
+    pub teacher: Option<ModelSize>,
+    pub student: Option<ModelSize>,
+    /// Memory, once the sizes are known.
+    pub memory: Option<MemoryEstimate>,
+    /// What is allowed but probably not meant.
+    pub warnings: Vec<String>,
+    /// The recipe as it was resolved.
+    pub recipe: Recipe,
+}
+
+/// A number of packed sequences, and whether the text has been packed yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SequenceCount {
+    /// From the tokens asked for.
+    Estimated(u64),
+    /// From the packed text.
+    Counted(u64),
+}
+
+impl SequenceCount {
+    pub fn get(self) -> u64 {
+        match self {
+            SequenceCount::Estimated(count) | SequenceCount::Counted(count) => count,
+        }
+    }
+}
+
+/// The numbers of a model that memory depends on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ModelSize {
+    /// What it is, in a word or two: `llama4, 4 layers`.
+    pub description: String,
+    pub total_parameters: u64,
+    /// Parameters that take part in one token's prediction.
+    pub active_parameters: u64,
+    pub layers: u64,
+    pub hidden: u64,
+    pub heads: u64,
+    pub vocab: u64,
+}
+
+/// Bytes on one device. Activations are an estimate, the rest is exact for AdamW in f32.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    pub teacher_weights: u64,
+    pub weights: u64,
+    pub gradients: u64,
+    pub optimizer: u64,
+    pub activations: u64,
+}
+
+impl MemoryEstimate {
+    /// Memory of training a student on micro-batches of `sequences` times `seq_len` tokens. The teacher is counted
+    /// beside it only in `teacher_weights`, for it is dropped before training.
+    pub fn new(student: &ModelSize, teacher: Option<(&ModelSize, Dtype)>, sequences: u64, seq_len: u64) -> Self {
+        let four_bytes = |count: u64| count.saturating_mul(4);
+        let tokens = sequences.saturating_mul(seq_len);
+        // About 17 values of the hidden width per layer and token are kept for the backward pass of a decoder layer,
+        // and per head two rows of attention scores; logits, their gradient and a softmax are each one row of the
+        // vocabulary.
+        let per_layer = tokens.saturating_mul(17 * student.hidden);
+        let scores = tokens.saturating_mul(2 * student.heads).saturating_mul(seq_len);
+        let logits = tokens.saturating_mul(3 * student.vocab);
+        let kept = student.layers.saturating_mul(per_layer.saturating_add(scores)).saturating_add(logits);
+        MemoryEstimate {
+            teacher_weights: teacher.map_or(0, |(teacher, dtype)| {
+                let width = match dtype {
+                    Dtype::F32 => 4,
+                    Dtype::Bf16 => 2,
+                };
+                teacher.total_parameters.saturating_mul(width)
+            }),
+            weights: four_bytes(student.total_parameters),
+            gradients: four_bytes(student.total_parameters),
+            optimizer: four_bytes(student.total_parameters).saturating_mul(2),
+            activations: four_bytes(kept),
+        }
+    }
+
+    /// Bytes while the student is trained.
+    pub fn training(&self) -> u64 {
+        [self.weights, self.gradients, self.optimizer, self.activations]
+            .iter()
+            .fold(0, |sum, part| sum.saturating_add(*part))
+    }
+
+    /// Bytes at the fuller of the two times: teacher alone, student alone.
+    pub fn peak(&self) -> u64 {
+        self.training().max(self.teacher_weights)
+    }
+}
+
+/// Bytes of a cache with the raw codec: `sequence_count` sequences of `seq_len` predictions, each with `top_k` kept ids
+/// captured at `temperature_count` temperatures. Without a teacher there are no captures and only tokens are stored.
+///
+/// Per sequence `seq_len + 1` tokens and segments (4 bytes each); per prediction an offset (8), ids (4 each) and, for
+/// each temperature, log-probabilities (4 each), tail (4) and label (4). File headers are not counted.
+pub fn raw_cache_bytes(sequence_count: u64, seq_len: u64, top_k: u64, temperature_count: u64) -> u64 {
+    let tokens = 8u64.saturating_mul(seq_len + 1);
+    let row = match temperature_count {
+        0 => 0,
+        count => 8 + 4 * top_k + count * (4 * top_k + 8),
+    };
+    sequence_count.saturating_mul(tokens.saturating_add(seq_len.saturating_mul(row)))
+}
+
+impl Plan {
+    /// Resolves a recipe. Model sizes are added with [`Plan::set_models`], and what the text really amounts to with
+    /// [`Plan::set_sequence_count`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Recipe`] when the warm-up is as long as the run.
+    pub fn new(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
+        let run_dir = options.run_dir(recipe);
+        let seq_len = recipe.data.seq_len as u64;
+        let micro_batch = recipe.train.micro_batch_tokens.unwrap_or(recipe.train.batch_tokens).0;
+        let mut arms = vec!["student".to_string()];
+        if recipe.has_control() {
+            arms.push("control".to_string());
+        }
+        let mut plan = Plan {
+            program_version: env!("CARGO_PKG_VERSION").to_string(),
+            cache_dir: recipe.cache.dir.clone().unwrap_or_else(|| run_dir.join("cache")),
+            run_dir,
+            device: options.device.clone(),
+            sequences: SequenceCount::Estimated(recipe.data.tokens.0.div_ceil(seq_len)),
+            sequences_per_step: recipe.train.batch_tokens.0 / seq_len,
+            sequences_per_micro_batch: micro_batch / seq_len,
+            micro_batches_per_step: recipe.train.batch_tokens.0 / micro_batch,
+            steps: 0,
+            trained_tokens: 0,
+            epochs: 0.0,
+            cache_bytes: 0,
+            arms,
+            teacher: None,
+            student: None,
+            memory: None,
+            warnings: warnings(recipe),
+            recipe: recipe.clone(),
+        };
+        plan.count()?;
+        Ok(plan)
+    }
+
+    /// Replaces the estimated number of training sequences by the packed one.
+    pub fn set_sequence_count(&mut self, sequence_count: u64) -> Result<()> {
+        self.sequences = SequenceCount::Counted(sequence_count);
+        self.count()
+    }
+
+    /// Adds the models' sizes and the memory they ask for.
+    pub fn set_models(&mut self, student: ModelSize, teacher: Option<ModelSize>) {
+        let dtype = self.recipe.teacher.as_ref().map(|teacher| teacher.dtype).unwrap_or_default();
+        let beside = teacher.as_ref().map(|teacher| (teacher, dtype));
+        let seq_len = self.recipe.data.seq_len as u64;
+        self.memory = Some(MemoryEstimate::new(&student, beside, self.sequences_per_micro_batch, seq_len));
+        if teacher.as_ref().is_some_and(|teacher| teacher.active_parameters < student.active_parameters) {
+            self.warnings.push("the student is larger than its teacher".to_string());
+        }
+        (self.student, self.teacher) = (Some(student), teacher);
+    }
+
+    /// The whole plan as JSON, as plan.json holds it.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a plan has no maps with keys other than text")
+    }
+
+    /// What follows from the number of sequences.
+    fn count(&mut self) -> Result<()> {
+        let recipe = &self.recipe;
+        let (sequences, seq_len) = (self.sequences.get(), recipe.data.seq_len as u64);
+        self.steps = match (recipe.train.steps, recipe.train.epochs) {
+            (Some(steps), _) => steps,
+            // A whole number of passes must not gain a step by rounding.
+            (None, epochs) => {
+                (epochs.unwrap_or(1.0) * sequences as f64 / self.sequences_per_step as f64 - 1e-9).ceil() as u64
+            }
+        }
+        .max(1);
+        recipe.check_warm_up(self.steps)?;
+        self.trained_tokens = self.steps.saturating_mul(self.sequences_per_step).saturating_mul(seq_len);
+        self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
+        let temperature_count = if recipe.teacher.is_some() { recipe.cache.temperatures.len() as u64 } else { 0 };
+        self.cache_bytes = raw_cache_bytes(sequences, seq_len, recipe.cache.top_k as u64, temperature_count);
+        Ok(())
+    }
+}
+
+/// What a recipe may say but hardly means.
+fn warnings(recipe: &Recipe) -> Vec<String> {
+    let mut warnings = vec![];
+    let mut warn = |text: String| warnings.push(text);
+    if recipe.data.held_out.is_none() {
+        warn("nothing is held out, so there will be no evaluation; add data.held_out".into());
+    }
+    if recipe.teacher.is_some() {
+        let unused = recipe.cache.temperatures.iter().filter(|temperature| **temperature != recipe.loss.temperature);
+        let unused: Vec<String> = unused.map(|temperature| format!("{temperature:?}")).collect();
+        if !unused.is_empty() {
+            warn(format!("cache.temperatures captures {}, which loss.temperature does not use", unused.join(", ")));
+        }
+        if recipe.soft_weight().peak() == 0.0 {
+            warn("the soft target has no weight throughout, so the teacher is of no use".into());
+        }
+    }
+    let mut rates = vec![("train.lr", &recipe.train.lr)];
+    rates.extend(recipe.control.iter().filter_map(|control| Some(("control.lr", control.lr.as_ref()?))));
+    for (key, lr) in rates {
+        if lr.from > 0.1 {
+            warn(format!("{key}.from = {:?} is very high for AdamW", lr.from));
+        }
+        if lr.to.is_some_and(|to| to > lr.from) {
+            warn(format!("{key} rises from {:?} to {:?}", lr.from, lr.to.unwrap_or_default()));
+        }
+    }
+    warnings
+}
+
+fn rate(rate: &LearningRate) -> String {
+    let schedule = match rate.schedule {
+        Schedule::Constant { value } => format!("{value:?}"),
+        Schedule::Linear { from, to } => format!("{from:?}, in a straight line to {to:?}"),
+        Schedule::Cosine { from, to } => format!("{from:?}, by a cosine to {to:?}"),
+        Schedule::Wsd { from, to, decay } => format!("{from:?}, in the last {:.0}% to {to:?}", decay * 100.0),
+    };
+    let warm_up = if rate.warmup > 0 { format!(", after {} steps of warm-up", rate.warmup) } else { String::new() };
+    format!("learning rate {schedule}{warm_up}")
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let recipe = &self.recipe;
+        let mut line = |name: &str, value: String| writeln!(formatter, "{name:<12}{value}");
+        line("plan", format!("{}, from {}", recipe.name, recipe.path().display()))?;
+        line("run", format!("{}, on {}", self.run_dir.display(), self.device))?;
+        for (number, source) in recipe.data.sources.iter().enumerate() {
+            let weight =
+                if recipe.data.sources.len() > 1 { format!(", weight {}", source.weight) } else { String::new() };
+            line(if number == 0 { "data" } else { "" }, format!("{}{weight}", source.path.display()))?;
+        }
+        let (about, sequences) = match self.sequences {
+            SequenceCount::Estimated(count) => ("about ", count),
+            SequenceCount::Counted(count) => ("", count),
+        };
+        line("", format!("{} tokens in {about}{sequences} sequences of {}", recipe.data.tokens, recipe.data.seq_len))?;
+        let held_out = match &recipe.data.held_out {
+            None => "nothing".to_string(),
+            Some(HeldOut::Tokens(tokens)) => format!("{tokens} tokens"),
+            Some(HeldOut::Sources(held_out)) => {
+                let paths = held_out.sources.iter().map(|source| source.path.display().to_string());
+                paths.collect::<Vec<_>>().join(", ")
+            }
+        };
+        line("held out", held_out)?;
+        match &recipe.teacher {
+            None => line("teacher", "none: ordinary training on the text".into())?,
+            Some(teacher) => {
+                line("teacher", teacher.checkpoint.display().to_string())?;
+                if let Some(size) = &self.teacher {
+                    line("", size.to_string())?;
+                }
+                let (top_k, temperatures) = (recipe.cache.top_k, &recipe.cache.temperatures);
+                line("soft target", format!("top {top_k} and the tail, at temperature {temperatures:?}"))?;
+            }
+        }
+        line("cache", format!("{}, {about}{}", self.cache_dir.display(), short_bytes(self.cache_bytes)))?;
+        let student = match (&recipe.student.checkpoint, &recipe.student.shape) {
+            (Some(checkpoint), _) => format!("{}, trained further", checkpoint.display()),
+            (None, Some(shape)) => format!("new, like {}", format!("{:?}", shape.like).to_lowercase()),
+            (None, None) => "nothing".to_string(),
+        };
+        line("student", student)?;
+        if let Some(size) = &self.student {
+            line("", size.to_string())?;
+        }
+        let weight = recipe.soft_weight();
+        let weight = (weight.value(0, self.steps), weight.value(self.steps, self.steps));
+        if recipe.teacher.is_some() {
+            line(
+                "loss",
+                format!("forward KL, weight {} at the start, {} at the end; the text has the rest", weight.0, weight.1),
+            )?;
+        }
+        line(
+            "training",
+            format!(
+                "{} steps of {} tokens in {} micro-batch{}: {} tokens, {:.2} epochs",
+                self.steps,
+                recipe.train.batch_tokens.0,
+                self.micro_batches_per_step,
+                if self.micro_batches_per_step == 1 { "" } else { "es" },
+                short_count(self.trained_tokens),
+                self.epochs,
+            ),
+        )?;
+        line("", rate(&recipe.train.lr.learning_rate()))?;
+        if recipe.has_control() {
+            line("control", "the same once more, on the text alone".into())?;
+            line("", rate(&recipe.control_learning_rate()))?;
+        }
+        if let Some(memory) = &self.memory {
+            let parts = [
+                ("weights", memory.weights),
+                ("gradients", memory.gradients),
+                ("optimizer", memory.optimizer),
+                ("activations", memory.activations),
+            ];
+            let parts: Vec<String> =
+                parts.iter().map(|(name, bytes)| format!("{name} {}", short_bytes(*bytes))).collect();
+            line("memory", format!("about {} in training ({})", short_bytes(memory.training()), parts.join(", ")))?;
+            if memory.teacher_weights > 0 {
+                line("", format!("{} for the teacher's weights, before that", short_bytes(memory.teacher_weights)))?;
+            }
+        }
+        for warning in &self.warnings {
+            line("warning", warning.clone())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for ModelSize {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (total, active) = (short_count(self.total_parameters), short_count(self.active_parameters));
+        write!(formatter, "{}: {total} parameters, {active} active per token", self.description)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECIPE: &str = r#"
+        name = "plan"
+        [data]
+        sources = [{ path = "text.txt" }]
+        tokens = 100_000
+        seq_len = 128
+        held_out = "10k"
+        [teacher]
+        checkpoint = "teacher"
+        [cache]
+        top_k = 32
+        [student]
+        shape = { like = "scout" }
+        [control]
+        [train]
+        epochs = 2
+        batch_tokens = 1024
+        micro_batch_tokens = 512
+        lr = { schedule = "cosine", from = 3e-3, warmup = 50 }
+    "#;
+
+    fn plan(overrides: &[&str]) -> Result<Plan> {
+        let overrides: Vec<String> = overrides.iter().map(|word| word.to_string()).collect();
+        Plan::new(&Recipe::parse(RECIPE, "/recipes/plan.toml", &overrides)?, &RunOptions::default())
+    }
+
+    #[test]
+    fn a_plan_counts_what_the_recipe_asks_for() {
+        let mut plan = plan(&[]).unwrap();
+        assert_eq!(plan.sequences, SequenceCount::Estimated(782));
+        assert_eq!((plan.sequences_per_step, plan.sequences_per_micro_batch, plan.micro_batches_per_step), (8, 4, 2));
+        assert_eq!(plan.steps, 196);
+        assert_eq!(plan.trained_tokens, 196 * 1024);
+        assert_eq!(plan.arms, ["student", "control"]);
+        assert_eq!(plan.cache_dir, plan.run_dir.join("cache"));
+        plan.set_sequence_count(800).unwrap();
+        assert_eq!((plan.steps, plan.epochs), (200, 2.0));
+        assert_eq!(plan.cache_bytes, raw_cache_bytes(800, 128, 32, 1));
+    }
+
+    #[test]
+    fn the_raw_cache_costs_what_its_arrays_do() {
+        // One sequence of 2 predictions, 3 kept ids: 3 tokens and segments, 2 offsets, 6 ids, then per temperature
+        // 6 log-probabilities, 2 tails, 2 labels.
+        assert_eq!(raw_cache_bytes(1, 2, 3, 1), 3 * 8 + 2 * 8 + 6 * 4 + (6 + 2 + 2) * 4);
+        assert_eq!(raw_cache_bytes(5, 2, 3, 2), 5 * (3 * 8 + 2 * 8 + 6 * 4 + 2 * (6 + 2 + 2) * 4));
+        assert_eq!(raw_cache_bytes(7, 2, 3, 0), 7 * 3 * 8);
+    }
+
+    #[test]
+    fn a_warm_up_as_long_as_the_epochs_is_refused() {
+        let error = plan(&["train.lr.warmup=196"]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "/recipes/plan.toml: --set train.lr.warmup=196: `train.lr.warmup` is 196, but the run has only 196 steps; \
+             use fewer than 196"
+        );
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn memory_is_weights_gradients_moments_and_activations() {
+        let student = ModelSize {
+            description: "llama4, 2 layers".into(),
+            total_parameters: 1000,
+            active_parameters: 600,
+            layers: 2,
+            hidden: 8,
+            heads: 2,
+            vocab: 50,
+        };
+        let teacher = ModelSize { total_parameters: 5000, active_parameters: 500, ..student.clone() };
+        let memory = MemoryEstimate::new(&student, Some((&teacher, Dtype::Bf16)), 3, 4);
+        assert_eq!((memory.weights, memory.gradients, memory.optimizer), (4000, 4000, 8000));
+        assert_eq!(memory.teacher_weights, 10_000);
+        assert_eq!(memory.activations, 4 * (2 * (12 * 17 * 8 + 12 * 2 * 2 * 4) + 12 * 3 * 50));
+        assert_eq!(memory.peak(), memory.training());
+
+        let mut plan = plan(&[]).unwrap();
+        plan.set_models(student, Some(teacher));
+        assert_eq!(plan.warnings, ["the student is larger than its teacher"]);
+        assert!(plan.to_string().contains("llama4, 2 layers: 1k parameters, 600 active per token"));
+        let json: serde_json::Value = serde_json::from_str(&plan.to_json()).unwrap();
+        assert_eq!(json["student"]["total_parameters"], 1000);
+        assert_eq!(json["recipe"]["cache"]["top_k"], 32);
+        assert_eq!(json["sequences"]["estimated"], 782);
+    }
+
+    #[test]
+    fn what_is_hardly_meant_is_warned_about() {
+        let plan = plan(&["cache.temperatures=[1.0, 2.0]", "train.lr.from=0.5", "train.lr.to=0.6"]).unwrap();
+        assert_eq!(
+            plan.warnings,
+            [
+                "cache.temperatures captures 2.0, which loss.temperature does not use",
+                "train.lr.from = 0.5 is very high for AdamW",
+                "train.lr rises from 0.5 to 0.6",
+            ]
+        );
+    }
+}

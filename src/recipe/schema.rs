@@ -1,0 +1,478 @@
+//! The recipe as it is written: one struct for each section, in pipeline order. Defaults and types live here; what a
+//! value may be lives in `check`, and what the values amount to lives in `plan`.
+//!
+//! Unknown keys are errors. `docs/recipes.md` describes every key for users, and a test keeps it complete.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::amount::TokenCount;
+use super::load::Origin;
+use crate::schedule::{LearningRate, Schedule};
+
+/// A whole recipe, with its defaults filled in and its paths absolute.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Names the run; the run directory is `runs/<name>` unless something else is asked for.
+    pub name: String,
+    /// Seeds the order of the data and, unless `student.init_seed` says otherwise, the student. Default 0.
+    #[serde(default)]
+    pub seed: u64,
+    pub data: DataSection,
+    /// The model that is distilled. Without it the run is ordinary training on the text itself.
+    pub teacher: Option<TeacherSection>,
+    #[serde(default)]
+    pub cache: CacheSection,
+    pub student: StudentSection,
+    /// When present, the same student is also trained on the hard target alone, for comparison.
+    pub control: Option<ControlSection>,
+    #[serde(default)]
+    pub loss: LossSection,
+    pub train: TrainSection,
+    #[serde(default)]
+    pub run: RunSection,
+    /// Which file, line or `--set` each key came from, for messages.
+    #[serde(skip)]
+    pub(super) origin: Origin,
+}
+
+/// `[data]`: which text, how much of it, and how it is cut.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// Text files, mixed by weight.
+    pub sources: Vec<Source>,
+    /// Training tokens to take from the sources, as the student's own count: `"10B"`, `"1.5M"` or an integer.
+    pub tokens: TokenCount,
+    /// Predictions in one packed sequence.
+    pub seq_len: usize,
+    /// What is kept apart for evaluation. Default: nothing.
+    pub held_out: Option<HeldOut>,
+    /// `tokenizer.json`, or a directory that holds one. Default: the teacher's, else the student checkpoint's.
+    pub tokenizer: Option<PathBuf>,
+    /// Token put before each document, by its text; `""` for none. Default: what the tokenizer says.
+    pub document_start: Option<String>,
+    /// Token put after each document, by its text; `""` for none. Default: what the tokenizer says.
+    pub document_end: Option<String>,
+}
+
+/// One entry of `data.sources`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// A text (`.txt`, `.md`, `.rst`), JSON Lines (`.jsonl`, `.ndjson`) or `.parquet` file, or a pattern such as
+    /// `data/*.jsonl`.
+    pub path: PathBuf,
+    /// Share of the tokens, in proportion to the other weights. Default 1.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// Name of the field (JSON Lines) or column (Parquet) that holds the text. Default `text`.
+    pub field: Option<String>,
+    /// A line that separates the documents of a plain text file. Default: a file is one document.
+    pub document_separator: Option<String>,
+}
+
+/// `data.held_out`: an amount taken from the sources by whole documents, or sources of its own.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum HeldOut {
+    Tokens(TokenCount),
+    Sources(HeldOutSources),
+}
+
+/// `data.held_out` with files of its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldOutSources {
+    pub sources: Vec<Source>,
+}
+
+/// `[teacher]`: the model whose probabilities are kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TeacherSection {
+    /// A Hugging Face model directory: config.json, safetensors, tokenizer.json.
+    pub checkpoint: PathBuf,
+    /// How the teacher is run. Default `resident`, the one mode of this version.
+    #[serde(default)]
+    pub mode: TeacherMode,
+    /// The type its weights are computed in. Default `f32`.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Tokens in one forward pass; at least one whole sequence is always run. Default 4096.
+    #[serde(default = "teacher_batch_tokens")]
+    pub batch_tokens: TokenCount,
+}
+
+/// Where the teacher's weights are while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TeacherMode {
+    /// All layers in memory.
+    #[default]
+    Resident,
+    /// One layer in memory at a time.
+    Streamed,
+    /// Behind a server.
+    Remote,
+}
+
+/// A floating-point type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    #[default]
+    F32,
+    Bf16,
+}
+
+/// `[cache]`: what is kept of each teacher prediction.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheSection {
+    /// Most probable ids kept per prediction. Default 64.
+    pub top_k: usize,
+    /// Temperatures at which probabilities and tail are captured. Default `[1.0]`.
+    pub temperatures: Vec<f64>,
+    /// How the targets are stored. Default `raw`.
+    pub codec: Codec,
+    /// Packed sequences in one shard file. Default 512.
+    pub sequences_per_shard: usize,
+    /// The cache directory. Default `cache` in the run directory.
+    pub dir: Option<PathBuf>,
+}
+
+impl Default for CacheSection {
+    fn default() -> Self {
+        CacheSection { top_k: 64, temperatures: vec![1.0], codec: Codec::Raw, sequences_per_shard: 512, dir: None }
+    }
+}
+
+/// How soft targets are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Codec {
+    /// 32-bit ids and log-probabilities, as they are.
+    #[default]
+    Raw,
+}
+
+/// `[student]`: the model that is trained; exactly one of `shape` and `checkpoint`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StudentSection {
+    /// A new model of this shape.
+    pub shape: Option<Shape>,
+    /// A Hugging Face model directory to go on from.
+    pub checkpoint: Option<PathBuf>,
+    /// Standard deviation of a new model's weights. Default 0.02.
+    pub init_std: Option<f64>,
+    /// Seed of a new model's weights. Default: the recipe's `seed`.
+    pub init_seed: Option<u64>,
+}
+
+/// `student.shape`: a named shape, and what differs from it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// The shape that supplies whatever is not said here.
+    pub like: ShapeName,
+    /// Decoder layers (`num_hidden_layers`).
+    pub layers: Option<usize>,
+    /// Width of the residual stream (`hidden_size`).
+    pub hidden: Option<usize>,
+    /// Query heads (`num_attention_heads`).
+    pub heads: Option<usize>,
+    /// Key and value heads (`num_key_value_heads`).
+    pub kv_heads: Option<usize>,
+    /// Width of one head (`head_dim`).
+    pub head_dim: Option<usize>,
+    /// Routed experts in a mixture layer (`num_local_experts`).
+    pub experts: Option<usize>,
+    /// Routed experts each token visits (`num_experts_per_tok`).
+    pub experts_per_token: Option<usize>,
+    /// Width of an expert and of the shared expert (`intermediate_size`).
+    pub expert_width: Option<usize>,
+    /// Width of a dense feed-forward layer (`intermediate_size_mlp`, or `intermediate_size` of a dense model).
+    pub dense_width: Option<usize>,
+    /// Every how manieth layer is a mixture (`interleave_moe_layer_step`).
+    pub moe_interval: Option<usize>,
+    /// Positions in one attention chunk (`attention_chunk_size`).
+    pub chunk: Option<usize>,
+    /// Every how manieth layer attends without positions to everything before it (`no_rope_layer_interval`).
+    pub nope_interval: Option<usize>,
+    /// Whether queries and keys are normalised (`use_qk_norm`).
+    pub qk_norm: Option<bool>,
+    /// Base of the rotary frequencies (`rope_theta`).
+    pub rope_theta: Option<f64>,
+    /// The constant inside the norms (`rms_norm_eps`).
+    pub norm_eps: Option<f64>,
+    /// Vocabulary size. Default: the tokenizer's.
+    pub vocab: Option<usize>,
+    /// Whether input and output embeddings are one matrix (`tie_word_embeddings`).
+    pub tie_embeddings: Option<bool>,
+    /// Longest sequence the model is made for (`max_position_embeddings`).
+    pub max_position: Option<usize>,
+}
+
+/// The shapes a student can start from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShapeName {
+    /// Llama 4 Scout: a mixture in every layer, normalised queries and keys.
+    Scout,
+    /// Llama 4 Maverick: dense layers and mixtures in turn.
+    Maverick,
+    /// Llama 4 Behemoth, as far as it has been described.
+    Behemoth,
+    /// A Scout small enough for a test.
+    Tiny,
+    /// A dense decoder of the Llama 2 and 3 family.
+    Llama,
+}
+
+/// `[control]`: the same student, data, order and steps, trained on the hard target alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ControlSection {
+    /// Default true: naming the section is enough.
+    pub enabled: bool,
+    /// Learning rate of the control, whole. Default: the student's.
+    pub lr: Option<LearningRateSection>,
+}
+
+impl Default for ControlSection {
+    fn default() -> Self {
+        ControlSection { enabled: true, lr: None }
+    }
+}
+
+/// `[loss]`: how the student is compared with the teacher and with the text.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossSection {
+    /// Default `forward_kl`.
+    pub divergence: Divergence,
+    /// What becomes of the probability outside the kept ids. Default `bucket`.
+    pub tail: Tail,
+    /// Divides the logits of both sides before the divergence; must be one of `cache.temperatures`. Default 1.
+    pub temperature: f64,
+    /// Multiplies the soft loss by the squared temperature, so that its gradients keep their size. Default true.
+    pub t_scale: bool,
+    /// Weight of the soft target through the run; the hard target has the rest. Default with a teacher:
+    /// linear from 0.9 to 0.5.
+    pub weighting: Option<WeightingSection>,
+}
+
+impl Default for LossSection {
+    fn default() -> Self {
+        LossSection {
+            divergence: Divergence::ForwardKl,
+            tail: Tail::Bucket,
+            temperature: 1.0,
+            t_scale: true,
+            weighting: None,
+        }
+    }
+}
+
+/// Divergences between teacher and student.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Divergence {
+    /// KL(teacher || student).
+    #[default]
+    ForwardKl,
+}
+
+/// Treatments of the probability outside the kept ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tail {
+    /// One outcome of its own.
+    #[default]
+    Bucket,
+}
+
+/// `loss.weighting`: the weight of the soft target, 0 to 1.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightingSection {
+    pub kind: WeightingKind,
+    /// The weight, when it is constant.
+    pub soft: Option<f64>,
+    /// The weight at the first step, when it changes.
+    pub from: Option<f64>,
+    /// The weight at the last step, when it changes.
+    pub to: Option<f64>,
+}
+
+/// How the weight of the soft target changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightingKind {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+/// `[train]`: how long and how fast; exactly one of `steps` and `epochs`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSection {
+    /// Optimizer steps.
+    pub steps: Option<u64>,
+    /// Passes over the training tokens; fractions are allowed.
+    pub epochs: Option<f64>,
+    /// Tokens in one optimizer step; a multiple of `data.seq_len`.
+    pub batch_tokens: TokenCount,
+    /// Tokens held in memory at once; a multiple of `data.seq_len` that divides `batch_tokens`. Default: all of them.
+    pub micro_batch_tokens: Option<TokenCount>,
+    pub lr: LearningRateSection,
+    /// Decay of AdamW's two running means. Default `[0.9, 0.95]`.
+    #[serde(default = "betas")]
+    pub betas: [f64; 2],
+    /// AdamW's epsilon. Default 1e-8.
+    #[serde(default = "eps")]
+    pub eps: f64,
+    /// Decoupled weight decay of matrices; norms are not decayed. Default 0.1.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// Largest norm of the whole gradient; 0 for no limit. Default 1.
+    #[serde(default = "one")]
+    pub clip_norm: f64,
+    /// Weight of the loss that balances the load of experts. Default 0.001.
+    #[serde(default = "router_aux_weight")]
+    pub router_aux_weight: f64,
+    /// Steps between checkpoints; 0 for one at the end only. Default 500.
+    #[serde(default = "checkpoint_every")]
+    pub checkpoint_every: u64,
+    /// Steps between evaluations on held-out text; 0 for one at the end only. Default: `checkpoint_every`.
+    pub evaluate_every: Option<u64>,
+    /// Latest checkpoints kept. Default 2.
+    #[serde(default = "keep_checkpoints")]
+    pub keep_checkpoints: usize,
+    /// Steps between lines of metrics.jsonl. Default 10.
+    #[serde(default = "log_every")]
+    pub log_every: u64,
+}
+
+/// `train.lr` and `control.lr`: warm-up, then a schedule over the rest of the run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LearningRateSection {
+    pub schedule: LearningRateKind,
+    /// The rate after warm-up, from which the schedule starts.
+    pub from: f64,
+    /// The rate at the last step; not for `constant`. Default 0.
+    pub to: Option<f64>,
+    /// Steps of linear climb to `from`. Default 0.
+    #[serde(default)]
+    pub warmup: u64,
+    /// Share of the run, 0 to 1, in which `wsd` falls from `from` to `to`; for `wsd` alone. Default 0.2.
+    pub decay: Option<f64>,
+}
+
+/// How the learning rate changes after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LearningRateKind {
+    Constant,
+    Linear,
+    Cosine,
+    /// Warm-up, stable, decay.
+    Wsd,
+}
+
+/// `[run]`: where the results go.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunSection {
+    /// The run directory. Default `runs/<name>` in the current directory.
+    pub dir: Option<PathBuf>,
+}
+
+impl Recipe {
+    /// Whether a control is trained beside the student.
+    pub fn has_control(&self) -> bool {
+        self.control.as_ref().is_some_and(|control| control.enabled)
+    }
+
+    /// The weight of the soft target through the run; 0 throughout without a teacher. The hard target has the rest.
+    pub fn soft_weight(&self) -> Schedule {
+        match (&self.teacher, &self.loss.weighting) {
+            (None, _) => Schedule::Constant { value: 0.0 },
+            (Some(_), None) => Schedule::Linear { from: 0.9, to: 0.5 },
+            (Some(_), Some(weighting)) => weighting.schedule(),
+        }
+    }
+
+    /// The learning rate of the control: its own, else the student's.
+    pub fn control_learning_rate(&self) -> LearningRate {
+        let own = self.control.as_ref().and_then(|control| control.lr.as_ref());
+        own.unwrap_or(&self.train.lr).learning_rate()
+    }
+}
+
+impl StudentSection {
+    /// Standard deviation of a new model's weights.
+    pub fn init_std(&self) -> f64 {
+        self.init_std.unwrap_or(0.02)
+    }
+}
+
+impl WeightingSection {
+    /// The schedule this describes. Keys that a kind needs are there once the recipe is checked.
+    pub fn schedule(&self) -> Schedule {
+        let (from, to) = (self.from.unwrap_or_default(), self.to.unwrap_or_default());
+        match self.kind {
+            WeightingKind::Constant => Schedule::Constant { value: self.soft.unwrap_or_default() },
+            WeightingKind::Linear => Schedule::Linear { from, to },
+            WeightingKind::Cosine => Schedule::Cosine { from, to },
+        }
+    }
+}
+
+impl LearningRateSection {
+    /// The learning rate this describes.
+    pub fn learning_rate(&self) -> LearningRate {
+        let (from, to) = (self.from, self.to.unwrap_or(0.0));
+        let schedule = match self.schedule {
+            LearningRateKind::Constant => Schedule::Constant { value: from },
+            LearningRateKind::Linear => Schedule::Linear { from, to },
+            LearningRateKind::Cosine => Schedule::Cosine { from, to },
+            LearningRateKind::Wsd => Schedule::Wsd { from, to, decay: self.decay.unwrap_or(0.2) },
+        };
+        LearningRate { warmup: self.warmup, schedule }
+    }
+}
+
+fn one() -> f64 {
+    1.0
+}
+fn teacher_batch_tokens() -> TokenCount {
+    TokenCount(4096)
+}
+fn betas() -> [f64; 2] {
+    [0.9, 0.95]
+}
+fn eps() -> f64 {
+    1e-8
+}
+fn weight_decay() -> f64 {
+    0.1
+}
+fn router_aux_weight() -> f64 {
+    0.001
+}
+fn checkpoint_every() -> u64 {
+    500
+}
+fn keep_checkpoints() -> usize {
+    2
+}
+fn log_every() -> u64 {
+    10
+}

@@ -1,0 +1,469 @@
+//! Recipes: what is shipped and documented loads, and every mistake is answered with its place and a way out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use limbeck::recipe::{HeldOut, Plan, Recipe, TokenCount, all_keys};
+use limbeck::run::RunOptions;
+use limbeck::schedule::Schedule;
+
+const SMALL: &str = r#"name = "small"
+
+[data]
+sources = [{ path = "text/*.txt" }]
+tokens = "2M"
+seq_len = 256
+
+[teacher]
+checkpoint = "models/teacher"
+
+[cache]
+top_k = 32
+
+[student]
+shape = { like = "scout", layers = 4 }
+
+[train]
+steps = 100
+batch_tokens = 2048
+lr = { schedule = "cosine", from = 3e-3, warmup = 50 }
+"#;
+
+fn parse(text: &str, overrides: &[&str]) -> limbeck::Result<Recipe> {
+    let overrides: Vec<String> = overrides.iter().map(|word| word.to_string()).collect();
+    Recipe::parse(text, "/recipes/small.toml", &overrides)
+}
+
+/// The message of a mistake, without the file name it starts with.
+fn mistake(text: &str, overrides: &[&str]) -> String {
+    let error = parse(text, overrides).expect_err("the recipe is wrong");
+    assert_eq!(error.exit_code(), 2, "{error}");
+    let message = error.to_string();
+    assert!(!message.contains('\n') && !message.ends_with('.'), "{message}");
+    message.strip_prefix("/recipes/small.toml: ").map(String::from).unwrap_or(message)
+}
+
+/// The message after replacing a line of the small recipe.
+fn mistake_in(line: &str, replacement: &str) -> String {
+    assert!(SMALL.contains(line), "{line}");
+    mistake(&SMALL.replace(line, replacement), &[])
+}
+
+fn toml_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = vec![];
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(toml_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "toml") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+#[test]
+fn every_recipe_that_is_shipped_or_documented_loads() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for path in toml_files(&root.join("recipes")) {
+        let recipe = Recipe::load(&path, &[]).unwrap();
+        Plan::new(&recipe, &RunOptions::default()).unwrap();
+    }
+    let documentation = std::fs::read_to_string(root.join("docs/recipes.md")).unwrap();
+    let examples: Vec<&str> =
+        documentation.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert_eq!(examples.len(), 2);
+    for example in examples {
+        Plan::new(&parse(example, &[]).unwrap(), &RunOptions::default()).unwrap();
+    }
+}
+
+#[test]
+fn every_key_is_documented_and_every_documented_key_exists() {
+    let documentation = include_str!("../docs/recipes.md");
+    let ticked = |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(String::from).collect() };
+    let mut documented: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut sections = vec![];
+    for line in documentation.lines() {
+        if let Some(heading) = line.strip_prefix("## ").or(line.strip_prefix("### ")) {
+            sections = if heading == "Top level" { vec![String::new()] } else { ticked(heading) };
+        } else if line.starts_with("| `") {
+            for section in &sections {
+                documented.entry(section.clone()).or_default().insert(ticked(line)[0].clone());
+            }
+        }
+    }
+    let mut keys: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for key in all_keys() {
+        let (section, name) = key.rsplit_once('.').unwrap_or(("", &key));
+        keys.entry(section.to_string()).or_default().insert(name.to_string());
+    }
+    assert_eq!(documented, keys);
+}
+
+#[test]
+fn a_small_recipe_has_sensible_defaults() {
+    let recipe = parse(SMALL, &[]).unwrap();
+    assert_eq!(recipe.data.tokens, TokenCount(2_000_000));
+    assert_eq!(recipe.data.sources[0].path, Path::new("/recipes/text/*.txt"));
+    assert_eq!(recipe.teacher.as_ref().unwrap().checkpoint, Path::new("/recipes/models/teacher"));
+    assert_eq!((recipe.seed, recipe.cache.temperatures.as_slice()), (0, &[1.0][..]));
+    assert_eq!(recipe.soft_weight(), Schedule::Linear { from: 0.9, to: 0.5 });
+    assert_eq!(recipe.train.lr.learning_rate().schedule, Schedule::Cosine { from: 3e-3, to: 0.0 });
+    assert_eq!((recipe.train.betas, recipe.train.router_aux_weight), ([0.9, 0.95], 0.001));
+    assert!(!recipe.has_control());
+    assert!(parse(&format!("{SMALL}[control]\n"), &[]).unwrap().has_control());
+    assert!(!parse(&format!("{SMALL}[control]\nenabled = false\n"), &[]).unwrap().has_control());
+
+    let pre_training = SMALL.replace("[teacher]\ncheckpoint = \"models/teacher\"\n", "");
+    assert_eq!(parse(&pre_training, &[]).unwrap().soft_weight(), Schedule::Constant { value: 0.0 });
+}
+
+#[test]
+fn overrides_replace_and_add_keys() {
+    let recipe = parse(
+        SMALL,
+        &[
+            "cache.top_k=16",
+            "cache.top_k=8",
+            "data.tokens=64k",
+            "data.held_out.sources=[{ path = \"../held_out.txt\" }]",
+            "data.sources.0.weight=2",
+            "student.shape.like=maverick",
+            "control.enabled=true",
+            "control.lr={ schedule = \"constant\", from = 1e-2 }",
+            "train.micro_batch_tokens = 1_024",
+            "run.dir=/runs/a",
+            "name=other-name",
+        ],
+    )
+    .unwrap();
+    assert_eq!((recipe.cache.top_k, recipe.data.tokens.0, recipe.name.as_str()), (8, 64_000, "other-name"));
+    assert_eq!(recipe.data.sources[0].weight, 2.0);
+    let Some(HeldOut::Sources(held_out)) = &recipe.data.held_out else { panic!("held_out is a table") };
+    assert_eq!(held_out.sources[0].path, Path::new("/held_out.txt"));
+    assert_eq!(recipe.control_learning_rate().schedule, Schedule::Constant { value: 1e-2 });
+    assert_eq!(recipe.train.micro_batch_tokens, Some(TokenCount(1024)));
+    assert_eq!(recipe.run.dir.as_deref(), Some(Path::new("/runs/a")));
+}
+
+#[test]
+fn a_frozen_recipe_loads_to_the_same_recipe_anywhere() {
+    let overrides =
+        ["data.held_out=\"10k\"", "control.enabled=true", "loss.weighting={ kind = \"constant\", soft = 0.7 }"];
+    let recipe = parse(SMALL, &overrides).unwrap();
+    let frozen = recipe.to_toml();
+    let again = Recipe::parse(&frozen, "/elsewhere/recipe.toml", &[]).unwrap();
+    assert_eq!(again.to_toml(), frozen);
+    assert_eq!(again.data.sources[0].path, recipe.data.sources[0].path);
+    assert_eq!(again.soft_weight(), Schedule::Constant { value: 0.7 });
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_line_and_the_likely_one() {
+    assert_eq!(mistake_in("top_k = 32", "topk = 32"), "line 12: `topk` is not a key of [cache]; did you mean `top_k`?");
+    assert_eq!(
+        mistake_in("steps = 100", "steps = 100\nsequences_per = 3"),
+        "line 19: `sequences_per` is not a key of [train]; the keys of [train] are `steps`, `epochs`, `batch_tokens`, \
+         `micro_batch_tokens`, `lr`, `betas`, `eps`, `weight_decay`, `clip_norm`, `router_aux_weight`, \
+         `checkpoint_every`, `evaluate_every`, `keep_checkpoints`, `log_every`"
+    );
+    assert_eq!(
+        mistake_in("steps = 100", "steps = 100\ntop_k = 3"),
+        "line 19: `top_k` is not a key of [train]; `top_k` is a key of [cache]"
+    );
+    assert_eq!(mistake_in("[cache]", "[cahce]"), "line 11: `cahce` is not a key of the recipe; did you mean `cache`?");
+    assert_eq!(
+        mistake_in("warmup = 50", "warm_up = 50"),
+        "line 20: `warm_up` is not a key of [train.lr]; did you mean `warmup`?"
+    );
+    assert_eq!(
+        mistake_in("path = \"text/*.txt\"", "path = \"text/*.txt\", wieght = 2"),
+        "line 4: `wieght` is not a key of [data.sources]; did you mean `weight`?"
+    );
+    assert_eq!(
+        mistake(SMALL, &["cache.topk=3"]),
+        "--set cache.topk=3: `topk` is not a key of [cache]; did you mean `top_k`?"
+    );
+    assert_eq!(
+        mistake(SMALL, &["chache.top_k=3"]),
+        "--set chache.top_k=3: `chache` is not a key of the recipe; did you mean `cache`?"
+    );
+}
+
+#[test]
+fn a_wrong_type_names_key_value_and_what_is_allowed() {
+    assert_eq!(
+        mistake_in("top_k = 32", "top_k = \"many\""),
+        "line 12: `cache.top_k` is string \"many\"; expected a whole number, 0 or more"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "top_k = -1"),
+        "line 12: `cache.top_k` is integer `-1`; expected a whole number, 0 or more"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "temperatures = 1.0"),
+        "line 12: `cache.temperatures` is floating point `1.0`; expected a list, as in [1, 2]"
+    );
+    assert_eq!(
+        mistake_in("tokens = \"2M\"", "tokens = \"2 parsecs\""),
+        "line 5: `data.tokens` is string \"2 parsecs\"; expected a number of tokens such as 20000, \"1.5M\" or \"10B\""
+    );
+    assert_eq!(
+        mistake_in("seq_len = 256", "seq_len = 256\nheld_out = true"),
+        "line 7: `data.held_out` is boolean `true`; expected a number of tokens such as 20000, \"1.5M\" or \"10B\", or a \
+         table { sources = [...] }"
+    );
+    assert_eq!(
+        mistake_in("[teacher]", "[teacher]\nmode = \"resdient\""),
+        "line 9: `teacher.mode` is `resdient`; allowed: `resident`, `streamed`, `remote`; did you mean `resident`?"
+    );
+    assert_eq!(
+        mistake_in("path = \"text/*.txt\"", "path = \"text/*.txt\", weight = \"heavy\""),
+        "line 4: `data.sources[0].weight` is string \"heavy\"; expected a number"
+    );
+    assert_eq!(
+        mistake(SMALL, &["train.betas=[0.9]"]),
+        "--set train.betas=[0.9]: `train.betas` is 1; expected two numbers, as in [0.9, 0.95]"
+    );
+    assert_eq!(
+        mistake(SMALL, &["loss.t_scale=yes"]),
+        "--set loss.t_scale=yes: `loss.t_scale` is string \"yes\"; expected true or false"
+    );
+    assert_eq!(
+        mistake(SMALL, &["student=3"]),
+        "--set student=3: `student` is integer `3`; expected a table, as in { key = value }"
+    );
+}
+
+#[test]
+fn a_missing_key_is_named_with_its_section() {
+    assert_eq!(mistake_in("seq_len = 256\n", ""), "line 3: `data.seq_len` is missing; add `seq_len`");
+    assert_eq!(mistake_in("name = \"small\"\n", ""), "`name` is missing; add it at the top of the recipe");
+    assert_eq!(
+        mistake_in("[student]\nshape = { like = \"scout\", layers = 4 }\n", ""),
+        "section [student] is missing; add [student]"
+    );
+    assert_eq!(mistake_in("path = \"text/*.txt\"", ""), "line 4: `data.sources[0].path` is missing; add `path`");
+    assert_eq!(mistake_in("like = \"scout\", ", ""), "line 15: `student.shape.like` is missing; add `like`");
+}
+
+#[test]
+fn a_recipe_that_cannot_be_read_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let message = |path: &Path| Recipe::load(path, &[]).unwrap_err().to_string();
+    let missing = folder.path().join("none.toml");
+    assert_eq!(message(&missing), format!("{}: no such recipe; check the path", missing.display()));
+    assert_eq!(Recipe::load(&missing, &[]).unwrap_err().exit_code(), 2);
+    let directory = folder.path();
+    assert_eq!(message(directory), format!("{}: is a directory; name the .toml file in it", directory.display()));
+    let binary = folder.path().join("model.bin");
+    std::fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();
+    assert_eq!(message(&binary), format!("{}: is not UTF-8 text; name a .toml file", binary.display()));
+
+    assert!(mistake_in("top_k = 32", "top_k = ").starts_with("line 12: is not TOML: "));
+    assert!(mistake_in("top_k = 32", "top_k = 32\ntop_k = 33").starts_with("line 13: is not TOML: duplicate key"));
+    assert!(mistake("", &[]).ends_with("is missing; add it at the top of the recipe"));
+}
+
+#[test]
+fn a_bad_override_says_what_one_looks_like() {
+    assert_eq!(
+        mistake(SMALL, &["cache.top_k"]),
+        "`--set cache.top_k` is not an override; use `--set section.key=value`"
+    );
+    assert_eq!(mistake(SMALL, &["=3"]), "`--set =3` is not an override; use `--set section.key=value`");
+    assert_eq!(
+        mistake(SMALL, &["cache..top_k=3"]),
+        "`--set cache..top_k=3` is not an override; use `--set section.key=value`"
+    );
+    assert_eq!(mistake(SMALL, &["cache.top_k="]), "`--set cache.top_k=` has no value; use `--set section.key=value`");
+    let quoting = "has a value that is not TOML; quote it for the shell, as in --set 'data.document_end=\"</s>\"'";
+    for word in ["cache.temperatures=[1.0", "name=\"a", "name=a\\b"] {
+        assert_eq!(mistake(SMALL, &[word]), format!("`--set {word}` {quoting}"));
+    }
+    assert_eq!(
+        mistake(SMALL, &["seed=3\nname=a"]),
+        "`--set seed=3 ...` goes on after a line break; use one `--set` for each key"
+    );
+    assert_eq!(
+        mistake(SMALL, &["name.first=a"]),
+        "--set name.first=a: `name` is not a section; use `section.key=value`"
+    );
+    assert_eq!(
+        mistake(SMALL, &["data.sources.7.weight=2"]),
+        "--set data.sources.7.weight=2: `sources.7` is not a section; use `section.key=value`"
+    );
+}
+
+#[test]
+fn values_out_of_range_are_refused_with_what_is_allowed() {
+    let cases = [
+        ("name=\"a/b\"", "`name` is \"a/b\"; use letters, digits, `_`, `-` and `.`, for it names a directory"),
+        ("data.sources=[]", "`data.sources` is empty; name at least one file, as in [{ path = \"text.txt\" }]"),
+        ("data.sources.0.weight=0", "`data.sources[0].weight` is 0; use a number above 0"),
+        ("data.tokens=0", "`data.tokens` is 0; use at least 1"),
+        ("data.seq_len=0", "`data.seq_len` is 0; use at least 1"),
+        ("data.held_out=0", "`data.held_out` is 0; use at least 1"),
+        ("teacher.batch_tokens=0", "`teacher.batch_tokens` is 0; use at least 1"),
+        ("teacher.mode=streamed", "`teacher.mode` is `streamed`, which this version cannot do; use `resident`"),
+        ("teacher.mode=remote", "`teacher.mode` is `remote`, which this version cannot do; use `resident`"),
+        ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),
+        ("cache.temperatures=[]", "`cache.temperatures` is empty; use [1.0]"),
+        ("cache.temperatures=[0]", "`cache.temperatures` is 0; use a number above 0 for each temperature"),
+        ("cache.temperatures=[1, 2, 1]", "`cache.temperatures` has 1 twice; name each temperature once"),
+        ("cache.sequences_per_shard=0", "`cache.sequences_per_shard` is 0; use at least 1"),
+        ("student.init_std=0", "`student.init_std` is 0; use a number above 0, as in 0.02"),
+        ("student.shape.layers=0", "`student.shape.layers` is 0; use at least 1"),
+        ("student.shape.head_dim=7", "`student.shape.head_dim` is 7; use an even number, for positions rotate pairs"),
+        ("student.shape.rope_theta=-1", "`student.shape.rope_theta` is -1; use a number above 0"),
+        (
+            "student.shape.max_position=128",
+            "line 6: `data.seq_len` is 256, but the student reads at most 128 positions; use at most 128",
+        ),
+        (
+            "loss.temperature=2",
+            "`loss.temperature` is 2.0, but `cache.temperatures` = [1.0] does not capture it; add 2.0 to cache.temperatures",
+        ),
+        ("loss.temperature=inf", "`loss.temperature` is inf; use a number above 0"),
+        ("train.steps=0", "`train.steps` is 0; use at least 1"),
+        ("train.batch_tokens=0", "`train.batch_tokens` is 0; use at least 1"),
+        (
+            "train.batch_tokens=1000",
+            "`train.batch_tokens` is 1000, which is not a multiple of `data.seq_len` = 256; use 768 or 1024",
+        ),
+        (
+            "train.micro_batch_tokens=100",
+            "`train.micro_batch_tokens` is 100, which is not a multiple of `data.seq_len` = 256; use 256 or 512",
+        ),
+        (
+            "train.micro_batch_tokens=768",
+            "`train.micro_batch_tokens` is 768, which does not divide `train.batch_tokens` = 2048; use 256 times a \
+             divisor of 8",
+        ),
+        ("train.lr.from=0", "`train.lr.from` is 0; use a number above 0"),
+        ("train.lr.to=-1", "`train.lr.to` is -1; use a number of 0 or more"),
+        ("train.lr.decay=0.1", "`train.lr.decay` is for a `wsd` schedule alone; remove it"),
+        ("train.lr.warmup=100", "`train.lr.warmup` is 100, but the run has only 100 steps; use fewer than 100"),
+        ("train.betas=[0.9, 1]", "`train.betas` is 1; use a number from 0 to below 1 for each"),
+        ("train.eps=0", "`train.eps` is 0; use a number above 0"),
+        ("train.weight_decay=-0.1", "`train.weight_decay` is -0.1; use a number of 0 or more"),
+        ("train.clip_norm=nan", "`train.clip_norm` is NaN; use a number of 0 or more"),
+        ("train.router_aux_weight=-1", "`train.router_aux_weight` is -1; use a number of 0 or more"),
+        ("train.keep_checkpoints=0", "`train.keep_checkpoints` is 0; use at least 1"),
+        ("train.log_every=0", "`train.log_every` is 0; use at least 1"),
+    ];
+    for (word, message) in cases {
+        let found = mistake(SMALL, &[word]);
+        assert_eq!(found.strip_prefix(&format!("--set {word}: ")).unwrap_or(&found), message, "--set {word}");
+    }
+    assert_eq!(mistake_in("top_k = 32", "top_k = 0"), "line 12: `cache.top_k` is 0; keep at least 1 id per prediction");
+}
+
+#[test]
+fn contradictions_are_refused_with_a_way_out() {
+    let cases = [
+        (
+            &["student.checkpoint=a"][..],
+            "`student.checkpoint` is given beside `student.shape`; give only one of the two",
+        ),
+        (&["train.epochs=2"], "`train.epochs` is given beside `train.steps`; give only one of the two"),
+        (
+            &["student.shape.heads=6", "student.shape.kv_heads=4"],
+            "`student.shape.kv_heads` is 4, which does not divide `heads` = 6; each key head serves the same number of \
+             query heads",
+        ),
+        (
+            &["student.shape.experts=2", "student.shape.experts_per_token=3"],
+            "`student.shape.experts_per_token` is 3, but `experts` is 2; use at most 2",
+        ),
+        (
+            &["student.shape.like=llama", "student.shape.experts=2"],
+            "`student.shape.experts` is a key of Llama 4 shapes, and this student is like `llama`; remove it, or use like = \
+             \"scout\"",
+        ),
+        (
+            &["train.lr.schedule=constant", "train.lr.to=1e-4"],
+            "`train.lr.to` is not for a `constant` schedule; remove it",
+        ),
+        (&["loss.weighting.kind=constant"], "`loss.weighting` of kind `constant` lacks `soft`; add soft, from 0 to 1"),
+        (
+            &["loss.weighting.kind=linear", "loss.weighting.from=0.9"],
+            "`loss.weighting` of kind `linear` lacks `to`; add to, from 0 to 1",
+        ),
+        (
+            &["loss.weighting={ kind = \"cosine\", soft = 0.5 }"],
+            "`loss.weighting.soft` is not for a weighting of kind `cosine`; give `from` and `to`",
+        ),
+        (
+            &["loss.weighting={ kind = \"constant\", soft = 1.5 }"],
+            "`loss.weighting.soft` is 1.5; use a number from 0 to 1",
+        ),
+        (
+            &["train.evaluate_every=5"],
+            "`train.evaluate_every` asks for evaluations, and this recipe holds nothing out; add data.held_out, as in held_out \
+             = \"1M\"",
+        ),
+    ];
+    for (overrides, message) in cases {
+        let found = mistake(SMALL, overrides);
+        assert!(found.ends_with(message), "{overrides:?}: {found}");
+    }
+
+    let no_teacher = SMALL.replace("[teacher]\ncheckpoint = \"models/teacher\"\n", "");
+    assert_eq!(
+        mistake(&format!("{no_teacher}[control]\n"), &[]),
+        "line 19: `control` compares with a run that has a teacher, and this recipe has none; add [teacher], or remove \
+         [control]"
+    );
+    assert_eq!(
+        mistake(&no_teacher, &["loss.weighting={ kind = \"constant\", soft = 0.5 }"]),
+        "--set loss.weighting={ kind = \"constant\", soft = 0.5 }: `loss.weighting` gives the soft target a weight, and \
+         this recipe has no teacher; add [teacher], or remove the key"
+    );
+    assert_eq!(
+        mistake_in("shape = { like = \"scout\", layers = 4 }", ""),
+        "line 14: `student` has neither `shape` nor `checkpoint`; give one, as in shape = { like = \"scout\", layers = 4 }"
+    );
+    assert_eq!(
+        mistake_in("shape = { like = \"scout\", layers = 4 }", "checkpoint = \"a\"\ninit_std = 0.1"),
+        "line 16: `student.init_std` is for a new model, and this student starts from `student.checkpoint`; remove one of \
+         the two"
+    );
+    assert_eq!(
+        mistake_in("steps = 100\n", ""),
+        "line 17: `train` has neither `steps` nor `epochs`; give one of the two"
+    );
+}
+
+#[test]
+fn what_only_the_models_know_is_checked_with_their_numbers() {
+    let recipe = parse(SMALL, &[]).unwrap();
+    recipe.check_top_k(32).unwrap();
+    recipe.check_seq_len("the teacher", 256).unwrap();
+    recipe.check_vocabulary(320, 300, Some(320)).unwrap();
+    let messages = [
+        (
+            recipe.check_top_k(31),
+            "line 12: `cache.top_k` is 32, but the teacher's vocabulary has 31 tokens; use at most 31",
+        ),
+        (
+            recipe.check_seq_len("the teacher", 255),
+            "line 6: `data.seq_len` is 256, but the teacher reads at most 255 positions; use at most 255",
+        ),
+        (
+            recipe.check_vocabulary(299, 300, None),
+            "`student.shape.vocab` gives a vocabulary of 299, but the tokenizer has 300 tokens; use at least 300",
+        ),
+        (
+            recipe.check_vocabulary(300, 300, Some(320)),
+            "`student.shape.vocab` gives a vocabulary of 300, but the teacher's has 320 tokens; student and teacher must \
+             predict the same tokens",
+        ),
+    ];
+    for (result, message) in messages {
+        let error = result.unwrap_err();
+        assert_eq!(error.to_string(), format!("/recipes/small.toml: {message}"));
+        assert_eq!(error.exit_code(), 2);
+    }
+}
