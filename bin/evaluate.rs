@@ -9,7 +9,7 @@ use crate::setup::{recipe_and_options, stop_on_ctrl_c};
 pub fn run(args: &EvaluateArgs) -> Result<()> {
     let (recipe, options) = recipe_and_options(&args.target, &args.run)?;
     stop_on_ctrl_c(&options.stop)?;
-    let report = limbeck::evaluate::run(&recipe, &options)?;
+    let report = limbeck::distill::report(&recipe, &options)?;
     let page = options.run_dir(&recipe).join("report.html");
     print(&format!("{}\nreport: {}\n", report.table().trim_end(), page.display()))
 }

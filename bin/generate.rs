@@ -1,7 +1,9 @@
 //! `generate`: prompt in, text out, token by token.
 
-use limbeck::generate::Sampling;
+use limbeck::models::Decoder;
+use limbeck::models::generate::{Sampling, generate};
 use limbeck::run::RunOptions;
+use limbeck::tokenizer::Tokenizer;
 use limbeck::{Error, Result};
 
 use crate::cli::GenerateArgs;
@@ -12,13 +14,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         return Err(Error::usage(format!("--temperature is {}", args.temperature), "use a number of 0 or more"));
     }
     let device = RunOptions { device: args.device.device.clone(), ..RunOptions::default() }.device()?;
-    let sampling = Sampling {
-        max_tokens: args.max_tokens,
-        temperature: args.temperature,
-        top_k: args.top_k,
-        seed: args.seed,
-    };
+    let tokenizer = Tokenizer::open(&args.checkpoint)?;
+    let model = Decoder::open(&args.checkpoint, &device)?;
+    let prompt: Vec<u32> = tokenizer.document_start().into_iter().chain(tokenizer.encode(&args.prompt)?).collect();
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     print(&args.prompt)?;
-    limbeck::generate::run(&args.checkpoint, &args.prompt, &sampling, &device, &mut |piece| print(piece))?;
-    print("\n")
+    let mut text = tokenizer.text_stream();
+    generate(&model, &prompt, args.max_tokens, &sampling, &mut |token| print(&text.push(token)?))?;
+    print(&format!("{}\n", text.finish()?))
 }

@@ -1,30 +1,18 @@
 //! The command line: parse, log to stderr, dispatch, exit code. What commands do is in the library.
 
-#![allow(clippy::duplicate_mod)] // of missing.rs
-
 mod cli;
 mod completions;
+mod distill;
+mod evaluate;
+mod generate;
 mod inspect;
+mod inspect_cache;
+mod inspect_checkpoint;
+mod logits;
 mod output;
 mod plan;
-mod setup;
-
-// The library sides of these are not there yet; without its `path` line a module is its own file.
-#[path = "missing.rs"]
-mod distill;
-#[path = "missing.rs"]
-mod evaluate;
-#[path = "missing.rs"]
-mod generate;
-#[path = "missing.rs"]
-mod inspect_cache;
-#[path = "missing.rs"]
-mod inspect_checkpoint;
-#[path = "missing.rs"]
-mod logits;
-#[path = "missing.rs"]
 mod precompute;
-#[path = "missing.rs"]
+mod setup;
 mod tokenizer;
 
 use std::process::ExitCode;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use limbeck::Result;
-use limbeck::recipe::Plan;
+use limbeck::inputs::Inputs;
 
 use crate::cli::RunFlags;
 use crate::output::print;
@@ -11,6 +11,5 @@ use crate::setup::recipe_and_options;
 
 pub fn run(target: &Path, flags: &RunFlags) -> Result<()> {
     let (recipe, options) = recipe_and_options(target, flags)?;
-    let plan = Plan::new(&recipe, &options)?;
-    print(&plan.to_string())
+    print(&Inputs::open(&recipe, &options)?.plan.to_string())
 }

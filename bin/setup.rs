@@ -49,7 +49,6 @@ pub fn recipe_and_options(target: &Path, flags: &RunFlags) -> Result<(Recipe, Ru
 }
 
 /// Makes the first Ctrl-C ask the run to stop, and the second one end it at once.
-#[allow(dead_code)] // called by the commands that run
 pub fn stop_on_ctrl_c(stop: &Arc<AtomicBool>) -> Result<()> {
     let stop = stop.clone();
     let handler = move || {

@@ -1,7 +1,7 @@
 //! `tokenizer train`: text in, tokenizer.json out.
 
 use limbeck::Result;
-use limbeck::data::{DataSource, documents};
+use limbeck::data::{DataSource, texts};
 use limbeck::tokenizer::train_byte_level_bpe;
 
 use crate::cli::TokenizerTrainArgs;
@@ -14,7 +14,7 @@ pub fn run(args: &TokenizerTrainArgs) -> Result<()> {
         .iter()
         .map(|path| DataSource { field: args.field.clone(), ..DataSource::new(path.to_string_lossy()) })
         .collect();
-    let tokenizer = train_byte_level_bpe(documents(&sources)?, args.vocab_size, &special_tokens, &args.output)?;
+    let tokenizer = train_byte_level_bpe(texts(&sources)?, args.vocab_size, &special_tokens, &args.output)?;
     let file = args.output.join("tokenizer.json");
     print(&format!("tokenizer: {}, {} tokens\n", file.display(), tokenizer.vocab_size()))
 }

@@ -3,10 +3,13 @@
 pub mod cache;
 pub mod checkpoint;
 pub mod data;
+pub mod distill;
 pub mod error;
 pub mod eval;
+pub mod inputs;
 pub mod loss;
 pub mod models;
+pub mod precompute;
 pub mod recipe;
 pub mod run;
 pub mod schedule;

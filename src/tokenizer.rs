@@ -87,6 +87,34 @@ impl Tokenizer {
         Ok(Tokenizer { shared: Arc::new(shared) })
     }
 
+    /// The same tokenizer with other tokens around documents, each by its spelling; `""` for none, `None` to leave it.
+    ///
+    /// # Errors
+    /// The vocabulary has no such token.
+    pub fn with_document_tokens(self, start: Option<&str>, end: Option<&str>) -> Result<Tokenizer> {
+        let find = |spelling: &str| match (spelling, self.token_id(spelling)) {
+            ("", _) => Ok(None),
+            (_, Some(id)) => Ok(Some(id)),
+            (_, None) => Err(Error::file(
+                self.path(),
+                format!("there is no token `{spelling}`"),
+                "name one of the vocabulary for document_start and document_end, or `\"\"` for none",
+            )),
+        };
+        let document_start = start.map_or(Ok(self.document_start()), find)?;
+        let document_end = end.map_or(Ok(self.document_end()), find)?;
+        let shared = Shared {
+            path: self.shared.path.clone(),
+            prompts: self.shared.prompts.clone(),
+            documents: self.shared.documents.clone(),
+            vocab_size: self.shared.vocab_size,
+            document_start,
+            document_end,
+            fingerprint: self.shared.fingerprint.clone(),
+        };
+        Ok(Tokenizer { shared: Arc::new(shared) })
+    }
+
     /// The `tokenizer.json` this was read from.
     pub fn path(&self) -> &Path {
         &self.shared.path

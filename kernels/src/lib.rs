@@ -12,6 +12,7 @@ mod gemm_call;
 pub mod grouped_matmul;
 pub mod host_op;
 pub mod logsumexp_gather;
+pub mod norms;
 pub mod oracle;
 pub mod rms_norm;
 pub mod rotary;

@@ -5,6 +5,7 @@
 mod area_chart;
 mod axis;
 pub mod chart;
+pub mod held_out;
 mod page;
 mod quantity;
 pub mod report;

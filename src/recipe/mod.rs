@@ -11,6 +11,7 @@ mod keys;
 mod load;
 mod plan;
 mod schema;
+mod student;
 
 pub use amount::TokenCount;
 pub use keys::all_keys;

@@ -351,6 +351,9 @@ pub struct TrainSection {
     pub checkpoint_every: u64,
     /// Steps between evaluations on held-out text; 0 for one at the end only. Default: `checkpoint_every`.
     pub evaluate_every: Option<u64>,
+    /// Most held-out tokens read by an evaluation during training; the one at the end reads all. Default 32768.
+    #[serde(default = "evaluate_tokens")]
+    pub evaluate_tokens: TokenCount,
     /// Latest checkpoints kept. Default 2.
     #[serde(default = "keep_checkpoints")]
     pub keep_checkpoints: usize,
@@ -469,6 +472,9 @@ fn router_aux_weight() -> f64 {
 }
 fn checkpoint_every() -> u64 {
     500
+}
+fn evaluate_tokens() -> TokenCount {
+    TokenCount(32_768)
 }
 fn keep_checkpoints() -> usize {
     2

@@ -1,4 +1,10 @@
-//! train
+//! Training a student on the batches of a [`crate::targets::TargetSource`]. Never imports `teacher`.
 
+pub mod balance;
 pub mod metrics;
+pub mod optimizer;
+pub mod order;
 pub mod progress;
+pub mod trainer;
+
+pub use trainer::{TrainConfig, TrainOutput, Trainer};

@@ -1,0 +1,261 @@
+//! The second driver: fill the cache, train the student and its control, measure both, write the report.
+
+use std::{path::Path, time::Instant};
+
+use burn::tensor::Device;
+
+use crate::{
+    cache::CacheReader,
+    checkpoint::latest_checkpoint,
+    error::{Error, Result},
+    eval::{
+        held_out::{evaluate, teacher_evaluation},
+        report::{Arm, CacheFacts, Curves, Fact, Report, Role},
+    },
+    inputs::Inputs,
+    loss::{DistillLossConfig, Divergence, Weighting},
+    models::{Decoder, RandomWeights},
+    precompute::{self, Caches},
+    recipe::Recipe,
+    run::RunOptions,
+    schedule::{LearningRate, Schedule},
+    targets::TargetSource,
+    train::{
+        TrainConfig, TrainOutput, Trainer,
+        metrics::{EvalMetrics, read_metrics},
+        optimizer::OptimizerConfig,
+        progress::{Progress, Unit},
+    },
+};
+
+/// Runs a recipe from text to report.
+///
+/// # Errors
+/// Whatever is wrong with the recipe and its files; [`Error::Interrupted`] when asked to stop, with the state saved.
+pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
+    let mut inputs = Inputs::open(recipe, options)?;
+    let run_dir = inputs.plan.run_dir.clone();
+    let caches = precompute::fill(recipe, &inputs, options)?;
+    inputs.plan.set_sequence_count(caches.train.sequence_count())?;
+    for warning in &inputs.plan.warnings {
+        tracing::warn!("{warning}");
+    }
+    std::fs::create_dir_all(&run_dir).map_err(Error::io(&run_dir))?;
+    for (name, text) in [("recipe.toml", recipe.to_toml()), ("plan.json", inputs.plan.to_json())] {
+        let path = run_dir.join(name);
+        std::fs::write(&path, text).map_err(Error::io(&path))?;
+    }
+    let run = Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? };
+    for role in run.roles() {
+        run.train(role)?;
+    }
+    run.report()
+}
+
+/// Measures the latest checkpoints of a finished run once more, and writes its report again.
+pub fn report(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
+    let mut inputs = Inputs::open(recipe, options)?;
+    let caches = precompute::open(&inputs)?;
+    inputs.plan.set_sequence_count(caches.train.sequence_count())?;
+    Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? }.report()
+}
+
+struct Run<'a> {
+    recipe: &'a Recipe,
+    options: &'a RunOptions,
+    inputs: &'a Inputs,
+    caches: &'a Caches,
+    device: Device,
+}
+
+impl Run<'_> {
+    fn roles(&self) -> Vec<Role> {
+        if self.recipe.has_control() { vec![Role::Student, Role::Control] } else { vec![Role::Student] }
+    }
+
+    /// Where an arm keeps its checkpoints: the student in the run directory itself.
+    fn arm_dir(&self, role: Role) -> std::path::PathBuf {
+        match role {
+            Role::Control => self.inputs.plan.run_dir.join("control"),
+            _ => self.inputs.plan.run_dir.clone(),
+        }
+    }
+
+    fn metrics(&self) -> std::path::PathBuf {
+        self.inputs.plan.run_dir.join("metrics.jsonl")
+    }
+
+    /// A new student, or the one to go on from; the same weights for student and control.
+    fn student(&self) -> Result<Decoder> {
+        let tracked = self.device.clone().autodiff();
+        let student = &self.recipe.student;
+        match &student.checkpoint {
+            Some(checkpoint) => Decoder::open(checkpoint, &tracked),
+            None => {
+                let seed = student.init_seed.unwrap_or(self.recipe.seed);
+                let weights = RandomWeights { seed, std: student.init_std() };
+                Decoder::load(self.inputs.student.clone(), &weights, &tracked)
+            }
+        }
+    }
+
+    fn train(&self, role: Role) -> Result<()> {
+        let (recipe, plan) = (self.recipe, &self.inputs.plan);
+        let (learning_rate, weighting): (LearningRate, Weighting) = match role {
+            Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
+            _ => (recipe.train.lr.learning_rate(), weighting(&recipe.soft_weight())),
+        };
+        let loss = DistillLossConfig::new(Divergence::ForwardKl)
+            .with_temperature(recipe.loss.temperature as f32, recipe.loss.t_scale)
+            .with_weighting(weighting, plan.steps)
+            .init()?;
+        let train = &recipe.train;
+        let config = TrainConfig {
+            arm: role.name().into(),
+            steps: plan.steps,
+            sequences_per_step: plan.sequences_per_step,
+            sequences_per_micro_batch: plan.sequences_per_micro_batch,
+            learning_rate,
+            optimizer: OptimizerConfig {
+                betas: train.betas,
+                eps: train.eps,
+                weight_decay: train.weight_decay,
+                clip_norm: train.clip_norm,
+            },
+            router_aux_weight: train.router_aux_weight,
+            seed: recipe.seed,
+            checkpoint_every: train.checkpoint_every,
+            keep_checkpoints: train.keep_checkpoints,
+            log_every: train.log_every,
+            evaluate_every: train.evaluate_every.unwrap_or(train.checkpoint_every),
+            data: self.caches.train.manifest().root.clone(),
+        };
+        let source = &self.caches.train;
+        let trainer = Trainer::new(config, self.student()?, loss, source.sequence_count());
+        let mut trainer = trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())?;
+        if trainer.step_count() == plan.steps {
+            return Ok(());
+        }
+        let output = TrainOutput {
+            dir: self.arm_dir(role),
+            files: self.inputs.tokenizer_files()?,
+            metrics: self.metrics(),
+            progress: Progress::new(role.name(), plan.trained_tokens, Unit::Tokens),
+            stop: self.options.stop.clone(),
+            evaluate: self.caches.held_out.as_ref().map(|held_out| {
+                let bytes_per_token = bytes_per_token(held_out);
+                let tokens = train.evaluate_tokens.0;
+                Box::new(move |model: &Decoder| {
+                    let measured = evaluate(model, held_out, bytes_per_token, Some(tokens))?;
+                    Ok(EvalMetrics {
+                        arm: String::new(),
+                        step: 0,
+                        cross_entropy: measured.cross_entropy,
+                        perplexity: measured.perplexity,
+                        bits_per_byte: measured.bits_per_byte,
+                        kl_to_teacher: measured.kl_to_teacher,
+                        top1_agreement: measured.top1_agreement,
+                    })
+                }) as _
+            }),
+        };
+        trainer.run(source, output)
+    }
+
+    fn report(&self) -> Result<Report> {
+        let plan = &self.inputs.plan;
+        let mut report = Report::new(&self.recipe.name);
+        let metrics = if self.metrics().is_file() { read_metrics(self.metrics())? } else { vec![] };
+        for role in self.roles() {
+            let dir = self.arm_dir(role);
+            let Some((_, checkpoint)) = latest_checkpoint(&dir)? else {
+                return Err(Error::file(&dir, "there is no checkpoint", "train first, with `limbeck distill`"));
+            };
+            let curves = Curves::from_metrics(role, &metrics);
+            report.arms.extend(self.arm(role, &checkpoint, &curves)?);
+            report.curves.push(curves);
+        }
+        if let (Some(held_out), Some(teacher)) = (&self.caches.held_out, &self.inputs.teacher) {
+            let (parameters_total, parameters_active) = teacher.parameter_counts();
+            report.arms.push(Arm {
+                role: Role::Teacher,
+                name: file_name(&self.recipe.teacher.as_ref().expect("has a teacher").checkpoint),
+                parameters_total,
+                parameters_active,
+                evaluation: teacher_evaluation(held_out, bytes_per_token(held_out))?,
+                train_seconds: None,
+                tokens_seen: None,
+                tokens_per_second: None,
+            });
+            report.cache = Some(self.cache_facts()?);
+        }
+        report.plan =
+            plan.to_string().lines().map(|line| {
+                let (name, value) = line.split_at(line.len().min(12));
+                Fact::new(name.trim(), value.trim())
+            }).collect();
+        report.recipe = self.recipe.to_toml();
+        report.commands = vec![format!("limbeck distill {}", self.recipe.path().display())];
+        report.write(&plan.run_dir)?;
+        Ok(report)
+    }
+
+    /// The arm's measures on all held-out text; nothing when nothing was held out.
+    fn arm(&self, role: Role, checkpoint: &Path, curves: &Curves) -> Result<Option<Arm>> {
+        let Some(held_out) = &self.caches.held_out else { return Ok(None) };
+        let began = Instant::now();
+        let model = Decoder::open(checkpoint, &self.device)?;
+        let (parameters_total, parameters_active) = model.config.parameter_counts();
+        let evaluation = evaluate(&model, held_out, bytes_per_token(held_out), None)?;
+        tracing::debug!("{}: measured in {:.1} s", role.name(), began.elapsed().as_secs_f64());
+        let rates: Vec<f64> = curves.tokens_per_second.iter().map(|&(_, rate)| rate).filter(|rate| rate.is_finite()).collect();
+        let mean_rate = (!rates.is_empty()).then(|| rates.len() as f64 / rates.iter().map(|r| 1.0 / r).sum::<f64>());
+        let tokens_seen = crate::checkpoint::TrainState::load(checkpoint)?.tokens_seen;
+        Ok(Some(Arm {
+            role,
+            name: self.recipe.name.clone(),
+            parameters_total,
+            parameters_active,
+            evaluation,
+            train_seconds: mean_rate.map(|rate| tokens_seen as f64 / rate),
+            tokens_seen: Some(tokens_seen),
+            tokens_per_second: mean_rate,
+        }))
+    }
+
+    fn cache_facts(&self) -> Result<CacheFacts> {
+        let summary = self.caches.train.summary()?;
+        let capture = summary.captures.iter().find(|capture| capture.temperature == 1.0).or(summary.captures.first());
+        let settings = &self.caches.train.manifest().settings;
+        Ok(CacheFacts {
+            row_count: summary.counts.valid_rows,
+            byte_count: summary.bytes,
+            bytes_per_token: summary.bytes as f64 / summary.counts.valid_rows.max(1) as f64,
+            kept_per_row: summary.kept_mean,
+            tail_mass: capture.map_or(f64::NAN, |capture| capture.tail_mean),
+            vocabulary_size: Some(settings.tokenizer.vocab_size as u64),
+            more: vec![
+                Fact::new("codec", settings.codec.name()),
+                Fact::new("teacher's entropy", format!("{:.3} nats", capture.map_or(f64::NAN, |c| c.entropy))),
+                Fact::new("root", &self.caches.train.manifest().root),
+            ],
+        })
+    }
+}
+
+fn weighting(schedule: &Schedule) -> Weighting {
+    match *schedule {
+        Schedule::Constant { value } => Weighting::Constant { soft: value },
+        Schedule::Linear { from, to } => Weighting::Linear { from, to },
+        Schedule::Cosine { from, to } | Schedule::Wsd { from, to, .. } => Weighting::Cosine { from, to },
+    }
+}
+
+fn bytes_per_token(cache: &CacheReader) -> f64 {
+    let counts = &cache.manifest().counts;
+    counts.text_bytes as f64 / counts.valid_rows.max(1) as f64
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

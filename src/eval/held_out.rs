@@ -1,0 +1,91 @@
+//! Measures of a model on held-out text: how well it predicts it, and how close it is to the teacher.
+
+use limbeck_kernels::vector_math::max;
+
+use super::report::Evaluation;
+use crate::{
+    error::Result,
+    loss::{DistillLossConfig, Divergence, Weighting, distill::valid_rows},
+    models::{Decoder, TokenLayout},
+    targets::TargetSource,
+};
+
+/// Rows of logits held at once.
+const BATCH_ROWS: usize = 1024;
+
+/// Measures `model` on the first sequences of `held_out`, at least `tokens` predictions of them (all when `None`).
+/// `bytes_per_token` is the held-out text's mean, for bits per byte. Soft measures need soft targets at temperature 1.
+pub fn evaluate(
+    model: &Decoder,
+    held_out: &dyn TargetSource,
+    bytes_per_token: f64,
+    tokens: Option<u64>,
+) -> Result<Evaluation> {
+    let seq_len = held_out.seq_len();
+    let all = held_out.sequence_count();
+    let wanted = tokens.map_or(all, |tokens| tokens.div_ceil(seq_len as u64).clamp(1, all));
+    let per_batch = (BATCH_ROWS / seq_len).max(1) as u64;
+    let (mut hard_sum, mut soft_sum, mut agreed, mut token_count) = (0.0, None, 0u64, 0u64);
+    let mut loads: Vec<Vec<u64>> = vec![];
+    for first in (0..wanted).step_by(per_batch as usize) {
+        let numbers: Vec<u64> = (first..(first + per_batch).min(wanted)).collect();
+        let batch = held_out.read(&numbers)?;
+        let soft = batch.targets.as_ref().is_some_and(|targets| targets.capture(1.0).is_some());
+        let layout = TokenLayout::of_batch(&model.config, &batch);
+        let (hidden, routings) = model.forward(&layout);
+        let logits = model.logits(hidden);
+        let weighting = Weighting::Constant { soft: if soft { 0.5 } else { 0.0 } };
+        let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(weighting, 1).init()?;
+        let output = loss.forward_logits(0, logits.clone(), &batch)?;
+        hard_sum += output.hard_sum;
+        token_count += output.token_count;
+        if let (Some(sum), Some(targets)) = (output.soft_sum, &batch.targets) {
+            *soft_sum.get_or_insert(0.0) += sum;
+            let values = logits.into_data().try_into_vec::<f32>().expect("logits are f32");
+            for (row, values) in values.chunks(model.config.vocab_size).enumerate() {
+                let (from, to) = (targets.offsets[row] as usize, targets.offsets[row + 1] as usize);
+                if from < to && values[targets.ids[from] as usize] == max(values) {
+                    agreed += 1;
+                }
+            }
+        }
+        loads.resize(routings.len(), vec![]);
+        for (loads, routing) in loads.iter_mut().zip(&routings) {
+            loads.resize(routing.expert_count(), 0);
+            loads.iter_mut().zip(routing.loads()).for_each(|(sum, load)| *sum += load);
+        }
+    }
+    let count = token_count.max(1) as f64;
+    let mut evaluation = Evaluation::from_sums(hard_sum, token_count, (bytes_per_token * count).round() as u64);
+    evaluation.kl_to_teacher = soft_sum.map(|sum: f64| sum / count);
+    evaluation.top1_agreement = soft_sum.map(|_| agreed as f64 / count);
+    evaluation.expert_load = loads.iter().map(|loads| shares(loads)).collect();
+    Ok(evaluation)
+}
+
+fn shares(loads: &[u64]) -> Vec<f64> {
+    let total = loads.iter().sum::<u64>().max(1) as f64;
+    loads.iter().map(|&load| load as f64 / total).collect()
+}
+
+/// The teacher's own measures on held-out text, read from its soft targets at temperature 1.
+pub fn teacher_evaluation(held_out: &dyn TargetSource, bytes_per_token: f64) -> Result<Evaluation> {
+    let (mut sum, mut token_count) = (0.0, 0u64);
+    for number in 0..held_out.sequence_count() {
+        let batch = held_out.read(&[number])?;
+        let Some(capture) = batch.targets.as_ref().and_then(|targets| targets.capture(1.0)) else { continue };
+        for (row, valid) in valid_rows(&batch).into_iter().enumerate() {
+            if valid {
+                sum -= capture.label_log_prob[row] as f64;
+                token_count += 1;
+            }
+        }
+    }
+    if token_count == 0 {
+        return Err(crate::Error::usage(
+            "the held-out cache has no soft targets at temperature 1",
+            "add 1.0 to cache.temperatures",
+        ));
+    }
+    Ok(Evaluation::from_sums(sum, token_count, (bytes_per_token * token_count as f64).round() as u64))
+}

@@ -1,0 +1,106 @@
+//! What a run reads, opened and checked before anything is computed: tokenizer, models' configurations, data settings.
+
+use std::path::PathBuf;
+
+use crate::{
+    checkpoint::CheckpointReader,
+    data::{DataConfig, DataSource, HeldOut},
+    error::{Error, Result},
+    models::{DecoderConfig, read_config},
+    recipe::{self, ModelSize, Plan, Recipe},
+    run::RunOptions,
+    tokenizer::Tokenizer,
+};
+
+/// A recipe's inputs, and its plan with the models' sizes.
+pub struct Inputs {
+    pub plan: Plan,
+    pub tokenizer: Tokenizer,
+    pub data: DataConfig,
+    pub student: DecoderConfig,
+    pub teacher: Option<DecoderConfig>,
+}
+
+impl Inputs {
+    /// # Errors
+    /// When a file is missing or malformed, and when recipe, tokenizer and models do not fit each other.
+    pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
+        let tokenizer = tokenizer(recipe)?;
+        let student = recipe.student_config(&tokenizer)?;
+        let teacher = match &recipe.teacher {
+            Some(section) => {
+                let reader = CheckpointReader::open(&section.checkpoint)?;
+                Some(read_config(&section.checkpoint.join("config.json"), reader.config())?)
+            }
+            None => None,
+        };
+        if recipe.teacher.as_ref().is_some_and(|teacher| teacher.dtype == recipe::Dtype::Bf16) {
+            return Err(recipe.error("teacher.dtype", "is bf16, which this version does not compute in", "use f32"));
+        }
+        recipe.check_seq_len("the student", student.max_position)?;
+        if let Some(teacher) = &teacher {
+            recipe.check_seq_len("the teacher", teacher.max_position)?;
+            recipe.check_top_k(teacher.vocab_size)?;
+        }
+        let teacher_vocab = teacher.as_ref().map(|teacher| teacher.vocab_size);
+        recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;
+        let mut plan = Plan::new(recipe, options)?;
+        plan.set_models(size(&student), teacher.as_ref().map(size));
+        Ok(Inputs { plan, tokenizer, data: data(recipe), student, teacher })
+    }
+
+    /// The tokenizer's files, as a checkpoint carries them.
+    pub fn tokenizer_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let read = |path: PathBuf| {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            Ok((name, std::fs::read(&path).map_err(Error::io(&path))?))
+        };
+        self.tokenizer.files().into_iter().map(read).collect()
+    }
+}
+
+fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
+    let teacher = recipe.teacher.as_ref().map(|teacher| &teacher.checkpoint);
+    let Some(path) = recipe.data.tokenizer.as_ref().or(teacher).or(recipe.student.checkpoint.as_ref()) else {
+        let tip = "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`";
+        return Err(recipe.error("data.tokenizer", "is missing and no model brings one", tip));
+    };
+    let data = &recipe.data;
+    Tokenizer::open(path)?.with_document_tokens(data.document_start.as_deref(), data.document_end.as_deref())
+}
+
+fn source(source: &recipe::Source) -> DataSource {
+    DataSource {
+        path: source.path.to_string_lossy().into_owned(),
+        weight: source.weight,
+        field: source.field.clone(),
+        document_separator: source.document_separator.clone(),
+    }
+}
+
+fn data(recipe: &Recipe) -> DataConfig {
+    let mut config = DataConfig::new(recipe.data.sources.iter().map(source).collect(), recipe.data.seq_len);
+    config.tokens = Some(recipe.data.tokens.0);
+    config.seed = recipe.seed;
+    config.held_out = match &recipe.data.held_out {
+        None => HeldOut::None,
+        Some(recipe::HeldOut::Tokens(tokens)) => HeldOut::Tokens(tokens.0),
+        Some(recipe::HeldOut::Sources(held_out)) => HeldOut::Sources(held_out.sources.iter().map(source).collect()),
+    };
+    config
+}
+
+fn size(config: &DecoderConfig) -> ModelSize {
+    let (total_parameters, active_parameters) = config.parameter_counts();
+    let experts = config.expert_layers().first().map_or(String::new(), |(_, count)| format!(" of {count} experts"));
+    let kind = config.json.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("decoder");
+    ModelSize {
+        description: format!("{kind}, {} layers{experts}", config.layers.len()),
+        total_parameters,
+        active_parameters,
+        layers: config.layers.len() as u64,
+        hidden: config.hidden_size as u64,
+        heads: config.heads.query_heads as u64,
+        vocab: config.vocab_size as u64,
+    }
+}

@@ -1,0 +1,335 @@
+//! The training loop: batches in, weights out, with checkpoints to go on from and a line of metrics per step.
+//!
+//! Sums and counts are gathered over the micro-batches of a step and divided once. Knows nothing of recipes or teachers.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use burn::tensor::Device;
+use serde_json::json;
+
+use super::{
+    balance::LoadBalance,
+    metrics::{EvalMetrics, MetricsWriter, StepMetrics},
+    optimizer::{Optimizer, OptimizerConfig},
+    order::SequenceOrder,
+    progress::Progress,
+};
+use crate::{
+    checkpoint::{
+        CheckpointWriter, Overwrite, StoredDtype, TensorSpec, TrainState, checkpoint_dir, keep_latest,
+        latest_checkpoint,
+    },
+    error::{Error, Result},
+    loss::DistillLoss,
+    models::{Decoder, TokenLayout},
+    schedule::LearningRate,
+    targets::TargetSource,
+};
+
+/// Settings of one training run.
+#[derive(Debug, Clone)]
+pub struct TrainConfig {
+    /// What the run is called in metrics: `student` or `control`.
+    pub arm: String,
+    pub steps: u64,
+    pub sequences_per_step: u64,
+    /// Sequences in memory at once; the last micro-batch of a step may have fewer.
+    pub sequences_per_micro_batch: u64,
+    pub learning_rate: LearningRate,
+    pub optimizer: OptimizerConfig,
+    /// Weight of the router's load-balancing loss.
+    pub router_aux_weight: f64,
+    /// Seeds the order of the sequences.
+    pub seed: u64,
+    /// Steps between checkpoints; 0 for one at the end only.
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    /// Steps between lines of metrics.
+    pub log_every: u64,
+    /// Steps between evaluations; 0 for none.
+    pub evaluate_every: u64,
+    /// The data's identity (a cache's root), compared when a run goes on.
+    pub data: String,
+}
+
+/// Where a run keeps what it makes, and how it is told to stop.
+pub struct TrainOutput<'a> {
+    /// Holds `checkpoints/`.
+    pub dir: PathBuf,
+    /// Written beside the weights of every checkpoint: tokenizer files and the like.
+    pub files: Vec<(String, Vec<u8>)>,
+    pub metrics: PathBuf,
+    pub progress: Progress,
+    pub stop: Arc<AtomicBool>,
+    /// Measures the model on held-out text.
+    pub evaluate: Option<Evaluate<'a>>,
+}
+
+/// Held-out measures of a model, as a line of metrics without its arm and step.
+pub type Evaluate<'a> = Box<dyn FnMut(&Decoder) -> Result<EvalMetrics> + 'a>;
+
+/// A model in training.
+pub struct Trainer {
+    config: TrainConfig,
+    model: Decoder,
+    loss: DistillLoss,
+    optimizer: Optimizer,
+    balance: LoadBalance,
+    order: SequenceOrder,
+    /// Steps done.
+    step: u64,
+    tokens_seen: u64,
+}
+
+impl Trainer {
+    /// A fresh run of a model whose weights are tracked, over `sequence_count` sequences.
+    pub fn new(config: TrainConfig, model: Decoder, loss: DistillLoss, sequence_count: u64) -> Self {
+        Trainer {
+            optimizer: Optimizer::new(config.optimizer.clone()),
+            balance: LoadBalance::default(),
+            order: SequenceOrder::new(config.seed, sequence_count),
+            step: 0,
+            tokens_seen: 0,
+            config,
+            model,
+            loss,
+        }
+    }
+
+    /// Goes on from the latest checkpoint in `dir`, if there is one.
+    pub fn resume(mut self, dir: &std::path::Path, device: &Device) -> Result<Self> {
+        let Some((step, path)) = latest_checkpoint(dir)? else { return Ok(self) };
+        let mut state = TrainState::load(&path)?;
+        for (key, mine) in self.identity().as_object().expect("an object") {
+            let theirs = &state.values["run"][key];
+            if theirs != mine {
+                return Err(Error::Mismatch {
+                    what: format!("`{key}` of the run"),
+                    left_name: path.display().to_string(),
+                    left: theirs.to_string(),
+                    right_name: "this run".into(),
+                    right: mine.to_string(),
+                    tip: "go back to the settings the run began with, or start afresh with another --run-dir".into(),
+                });
+            }
+        }
+        self.model = Decoder::open(&path, device)?;
+        let inner = device.clone().inner();
+        self.optimizer.load(&mut state, &mut self.model, step, &inner)?;
+        let shares = serde_json::from_value(state.values["expert_shares"].clone());
+        self.balance = LoadBalance::with_shares(shares.unwrap_or_default());
+        (self.step, self.tokens_seen) = (step, state.tokens_seen);
+        tracing::info!("{}: going on from {}", self.config.arm, path.display());
+        Ok(self)
+    }
+
+    /// What must not change between the parts of one run.
+    fn identity(&self) -> serde_json::Value {
+        let config = &self.config;
+        json!({
+            "arm": config.arm,
+            "data": config.data,
+            "seed": config.seed.to_string(),
+            "steps": config.steps,
+            "sequences_per_step": config.sequences_per_step,
+        })
+    }
+
+    pub fn step_count(&self) -> u64 {
+        self.step
+    }
+
+    pub fn tokens_seen(&self) -> u64 {
+        self.tokens_seen
+    }
+
+    /// The model outside any graph.
+    pub fn model(&self) -> Decoder {
+        self.model.frozen()
+    }
+
+    /// One optimizer step on the sequences that are next in the order.
+    pub fn train_step(&mut self, source: &dyn TargetSource) -> Result<StepMetrics> {
+        let began = Instant::now();
+        let config = &self.config;
+        let numbers = self.order.take(self.step * config.sequences_per_step, config.sequences_per_step);
+        let (mut soft_sum, mut hard_sum, mut aux_sum, mut token_count) = (None, 0.0, None, 0);
+        let mut weights = None;
+        for numbers in numbers.chunks(config.sequences_per_micro_batch.max(1) as usize) {
+            let batch = source.read(numbers)?;
+            let layout = TokenLayout::of_batch(&self.model.config, &batch);
+            let (hidden, routings) = self.model.forward(&layout);
+            let output = self.loss.forward(self.step, hidden, self.model.lm_head(), &batch)?;
+            let mut sum = output.sum;
+            if let Some(aux) = self.balance.gather(&routings) {
+                let value = aux.clone().detach().into_data().convert::<f64>();
+                *aux_sum.get_or_insert(0.0) += value.try_into_vec::<f64>().expect("converted to f64")[0];
+                if config.router_aux_weight != 0.0 {
+                    sum = sum + aux * config.router_aux_weight;
+                }
+            }
+            if let Some(soft) = output.soft_sum {
+                *soft_sum.get_or_insert(0.0) += soft;
+            }
+            hard_sum += output.hard_sum;
+            token_count += output.token_count;
+            weights = Some(output.weights);
+            self.optimizer.gather(&mut self.model, sum.backward());
+        }
+        let count = token_count.max(1) as f64;
+        let weights = weights.expect("a step has at least one sequence");
+        let (soft, hard, aux) = (soft_sum.map(|sum| sum / count), hard_sum / count, aux_sum.map(|sum| sum / count));
+        let loss = weights.soft * soft.unwrap_or(0.0) + weights.hard * hard;
+        if !loss.is_finite() {
+            return Err(Error::NotFinite {
+                what: format!("the loss of step {}", self.step + 1),
+                tip: "lower the learning rate, and start again from the last checkpoint".into(),
+            });
+        }
+        let learning_rate = config.learning_rate.value(self.step, config.steps);
+        let grad_norm = self.optimizer.step(&mut self.model, learning_rate, token_count)?;
+        self.balance.end_step();
+        self.step += 1;
+        self.tokens_seen += token_count;
+        Ok(StepMetrics {
+            arm: config.arm.clone(),
+            step: self.step,
+            total_steps: config.steps,
+            tokens_seen: self.tokens_seen,
+            epoch: (self.step - 1) * config.sequences_per_step / source.sequence_count().max(1),
+            loss,
+            soft_loss: soft,
+            hard_loss: hard,
+            soft_weight: weights.soft,
+            hard_weight: weights.hard,
+            aux_loss: aux,
+            learning_rate,
+            grad_norm,
+            tokens_per_second: token_count as f64 / began.elapsed().as_secs_f64(),
+            expert_load: self.balance.shares().to_vec(),
+        })
+    }
+
+    /// Trains to the last step, or until asked to stop; leaves a checkpoint either way.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] when asked to stop, once the state is saved.
+    pub fn run(&mut self, source: &dyn TargetSource, mut output: TrainOutput<'_>) -> Result<()> {
+        // Metrics are numbered by steps done, so those up to the checkpoint stay.
+        let resumed = (self.step > 0).then_some(self.step + 1);
+        let mut metrics = MetricsWriter::open(&output.metrics, &self.config.arm, resumed)?;
+        let mut progress = Some(output.progress.starting_at(self.tokens_in(self.step, source)));
+        let mut saved = self.step;
+        let (mut rate_tokens, mut rate_began) = (0, Instant::now());
+        while self.step < self.config.steps {
+            let before = self.tokens_seen;
+            let mut step = self.train_step(source)?;
+            rate_tokens += self.tokens_seen - before;
+            if let Some(progress) = &progress {
+                progress.advance(self.config.sequences_per_step * source.seq_len() as u64);
+            }
+            let every = |interval: u64| interval > 0 && self.step.is_multiple_of(interval);
+            let last = self.step == self.config.steps;
+            if every(self.config.log_every) || last || self.step == 1 {
+                step.tokens_per_second = rate_tokens as f64 / rate_began.elapsed().as_secs_f64();
+                if let Some(progress) = &progress {
+                    progress.message(&format!("loss {:.3}", step.loss));
+                }
+                metrics.write(step)?;
+                (rate_tokens, rate_began) = (0, Instant::now());
+            }
+            if every(self.config.evaluate_every) && !last
+                && let Some(evaluate) = &mut output.evaluate
+            {
+                let evaluation = evaluate(&self.model.frozen())?;
+                metrics.write(EvalMetrics { arm: self.config.arm.clone(), step: self.step, ..evaluation })?;
+                rate_began = Instant::now();
+                rate_tokens = 0;
+            }
+            let stop = output.stop.load(Ordering::Relaxed);
+            if every(self.config.checkpoint_every) || last || stop {
+                metrics.sync()?;
+                self.save(&output.dir, &output.files)?;
+                saved = self.step;
+            }
+            if stop && !last {
+                return Err(Error::Interrupted { saved: checkpoint_dir(&output.dir, saved) });
+            }
+        }
+        if let Some(progress) = progress.take() {
+            progress.finish();
+        }
+        Ok(())
+    }
+
+    fn tokens_in(&self, steps: u64, source: &dyn TargetSource) -> u64 {
+        steps * self.config.sequences_per_step * source.seq_len() as u64
+    }
+
+    /// Writes a checkpoint of this step, complete or not at all, and drops the oldest.
+    pub fn save(&mut self, dir: &std::path::Path, files: &[(String, Vec<u8>)]) -> Result<()> {
+        let mut state = TrainState {
+            step: self.step,
+            tokens_seen: self.tokens_seen,
+            values: json!({ "run": self.identity(), "expert_shares": self.balance.shares() }),
+            tensors: Default::default(),
+        };
+        self.optimizer.save(&mut state);
+        let path = checkpoint_dir(dir, self.step);
+        write_model(&mut self.model, &path, StoredDtype::F32, files, Some(&state))?;
+        if self.config.keep_checkpoints > 0 {
+            keep_latest(dir, self.config.keep_checkpoints)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a model in Hugging Face's layout, replacing a checkpoint of the same name once the new one is complete.
+pub fn write_model(
+    model: &mut Decoder,
+    dir: &std::path::Path,
+    dtype: StoredDtype,
+    files: &[(String, Vec<u8>)],
+    state: Option<&TrainState>,
+) -> Result<()> {
+    let (mut specs, mut tensors) = (vec![], std::collections::BTreeMap::new());
+    model.visit(&mut |name, parameter| {
+        specs.push(TensorSpec::new(name, parameter.shape()));
+        tensors.insert(name.to_string(), parameter.flat());
+    });
+    let mut config = model.config.json.clone();
+    if let Some(keys) = config.as_object_mut() {
+        keys.remove("torch_dtype");
+        let name = match dtype {
+            StoredDtype::F32 => "float32",
+            StoredDtype::Bf16 => "bfloat16",
+            StoredDtype::F16 => "float16",
+        };
+        keys.insert("dtype".into(), name.into());
+    }
+    let generation = json!({
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": config.get("eos_token_id"),
+    });
+    let generation = serde_json::to_vec_pretty(&generation).expect("plain JSON");
+    let mut writer = CheckpointWriter::new(dir, &config, dtype)
+        .with_overwrite(Overwrite::Replace)
+        .with_file("generation_config.json", generation);
+    for (name, bytes) in files {
+        writer = writer.with_file(name.clone(), bytes.as_slice());
+    }
+    if let Some(state) = state {
+        writer = writer.with_extra(|partial| state.save(partial));
+    }
+    writer.write(&specs, &mut |name| {
+        let tensor = tensors.remove(name).expect("every tensor is written once");
+        Ok(tensor.into_data().try_into_vec::<f32>().expect("weights are f32"))
+    })
+}
