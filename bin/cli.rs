@@ -60,6 +60,9 @@ pub enum Command {
     /// Compute a model's logits for given token ids, to compare with another implementation
     Logits(LogitsArgs),
 
+    /// Write a checkpoint once more for use elsewhere, without its training state
+    Export(ExportArgs),
+
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -210,6 +213,35 @@ pub struct LogitsArgs {
 
     #[command(flatten)]
     pub device: DeviceFlag,
+}
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// A model directory
+    pub checkpoint: PathBuf,
+
+    /// The directory to write
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+
+    /// Number format of the weights
+    #[arg(long, value_enum, default_value_t = ExportDtype::Bf16)]
+    pub dtype: ExportDtype,
+
+    /// Most bytes in one file of weights
+    #[arg(long, value_name = "BYTES", default_value = "5B")]
+    pub max_shard_bytes: String,
+
+    /// Replace a checkpoint that is there already
+    #[arg(long)]
+    pub replace: bool,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum ExportDtype {
+    F32,
+    Bf16,
+    F16,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@ mod cli;
 mod completions;
 mod distill;
 mod evaluate;
+mod export;
 mod generate;
 mod inspect;
 mod inspect_cache;
@@ -50,6 +51,7 @@ fn dispatch(command: Command) -> Result<()> {
         },
         Command::Generate(args) => generate::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Completions(args) => completions::run(&args),
     }
 }

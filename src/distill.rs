@@ -189,11 +189,14 @@ impl Run<'_> {
             });
             report.cache = Some(self.cache_facts()?);
         }
-        report.plan =
-            plan.to_string().lines().map(|line| {
+        report.plan = plan
+            .to_string()
+            .lines()
+            .map(|line| {
                 let (name, value) = line.split_at(line.len().min(12));
                 Fact::new(name.trim(), value.trim())
-            }).collect();
+            })
+            .collect();
         report.recipe = self.recipe.to_toml();
         report.commands = vec![format!("limbeck distill {}", self.recipe.path().display())];
         report.write(&plan.run_dir)?;
@@ -208,7 +211,8 @@ impl Run<'_> {
         let (parameters_total, parameters_active) = model.config.parameter_counts();
         let evaluation = evaluate(&model, held_out, bytes_per_token(held_out), None)?;
         tracing::debug!("{}: measured in {:.1} s", role.name(), began.elapsed().as_secs_f64());
-        let rates: Vec<f64> = curves.tokens_per_second.iter().map(|&(_, rate)| rate).filter(|rate| rate.is_finite()).collect();
+        let rates: Vec<f64> =
+            curves.tokens_per_second.iter().map(|&(_, rate)| rate).filter(|rate| rate.is_finite()).collect();
         let mean_rate = (!rates.is_empty()).then(|| rates.len() as f64 / rates.iter().map(|r| 1.0 / r).sum::<f64>());
         let tokens_seen = crate::checkpoint::TrainState::load(checkpoint)?.tokens_seen;
         Ok(Some(Arm {

@@ -67,9 +67,14 @@ fn documents(vocab: usize) -> Vec<PackedSequence> {
 
 #[test]
 fn values_and_gradients_equal_the_oracle() {
-    for (vocab, k, scale, temperature) in
-        [(50, 7, 3.0, 1.0), (50, 50, 3.0, 1.0), (300, 16, 12.0, 1.0), (300, 16, 8.0, 2.5), (64, 1, 40.0, 1.0), (3000, 64, 0.1, 4.0)]
-    {
+    for (vocab, k, scale, temperature) in [
+        (50, 7, 3.0, 1.0),
+        (50, 50, 3.0, 1.0),
+        (300, 16, 12.0, 1.0),
+        (300, 16, 8.0, 2.5),
+        (64, 1, 40.0, 1.0),
+        (3000, 64, 0.1, 4.0),
+    ] {
         let sequences = documents(vocab);
         let rows = 16;
         let (teacher, student) = (random(rows * vocab, 3, scale), random(rows * vocab, 4, scale));
@@ -122,10 +127,8 @@ fn the_goldens_of_the_bucketed_divergence_are_met() {
     let (teacher, student) = (load("teacher_logits"), load("student_logits"));
     let rows = teacher.len() / vocab;
     let labels = file.load_i64("labels").unwrap();
-    let sequences: Vec<PackedSequence> = labels
-        .iter()
-        .map(|&label| PackedSequence { tokens: vec![0, label as u32], segments: vec![0, 0] })
-        .collect();
+    let sequences: Vec<PackedSequence> =
+        labels.iter().map(|&label| PackedSequence { tokens: vec![0, label as u32], segments: vec![0, 0] }).collect();
     assert_eq!(sequences.len(), rows);
     for temperature in [1.0f32, 2.0] {
         let batch = batch_of(sequences.clone(), &teacher, vocab, 16, temperature);

@@ -38,7 +38,11 @@ impl AdamwStep {
     /// # Shapes
     /// - all tensors `[N]`
     pub fn apply(&self, weight: Tensor<1>, gradient: Tensor<1>, state: AdamwState) -> (Tensor<1>, AdamwState) {
-        if host_op::runs_on(&weight.device()) { self.on_host(weight, gradient, state) } else { self.reference(weight, gradient, state) }
+        if host_op::runs_on(&weight.device()) {
+            self.on_host(weight, gradient, state)
+        } else {
+            self.reference(weight, gradient, state)
+        }
     }
 
     /// [`AdamwStep::apply`] in plain tensor operations.

@@ -57,10 +57,11 @@ pub fn attention_reference(
     let sequences = tokens / length;
     let device = query.device();
     let query = query.reshape([sequences, length, key_heads, group * head_dim]).swap_dims(1, 2);
-    let query = query
-        .reshape([sequences * key_heads, length, group, head_dim])
-        .swap_dims(1, 2)
-        .reshape([sequences * key_heads, group * length, head_dim]);
+    let query = query.reshape([sequences * key_heads, length, group, head_dim]).swap_dims(1, 2).reshape([
+        sequences * key_heads,
+        group * length,
+        head_dim,
+    ]);
     let split = |x: Tensor<2>| {
         let x = x.reshape([sequences, length, key_heads, head_dim]).swap_dims(1, 2);
         x.reshape([sequences * key_heads, length, head_dim])
@@ -75,10 +76,9 @@ pub fn attention_reference(
         }
     }
     let hidden = Tensor::<4, Bool>::from_data(TensorData::new(hidden, [sequences, 1, length, length]), &device);
-    let scores = scores.reshape([sequences, key_heads * group, length, length]).mask_fill(
-        hidden.expand([sequences, key_heads * group, length, length]),
-        f32::NEG_INFINITY,
-    );
+    let scores = scores
+        .reshape([sequences, key_heads * group, length, length])
+        .mask_fill(hidden.expand([sequences, key_heads * group, length, length]), f32::NEG_INFINITY);
     let weights = softmax(scores, 3).reshape([sequences * key_heads, group * length, length]);
     let output = weights.matmul(value).reshape([sequences, key_heads, group, length, head_dim]);
     output.permute([0, 3, 1, 2, 4]).reshape([tokens, query_heads * head_dim])
@@ -228,7 +228,8 @@ impl HostOp for Attention {
                             exp_in_place(scores, log_sums[block.first + i]);
                         });
                         let weights_view = View::rows(weights, block.count, block.key_count, block.key_count);
-                        let key_rows = (block.first_key - start) * head_dim..(block.first + block.count - start) * head_dim;
+                        let key_rows =
+                            (block.first_key - start) * head_dim..(block.first + block.count - start) * head_dim;
                         let value_rows = &mut value_grad[key_rows.clone()];
                         multiply(value_rows, head_dim, true, 1.0, weights_view.transposed(), grad, false);
                         multiply(scores_grad, block.key_count, false, 1.0, grad, value.transposed(), false);

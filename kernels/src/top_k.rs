@@ -157,7 +157,12 @@ mod tests {
                 if k == vocab {
                     assert_eq!(summary.log_tail, f32::NEG_INFINITY);
                 } else {
-                    assert!((summary.log_tail as f64 - truth.log_tail).abs() < 1e-5, "{} {}", summary.log_tail, truth.log_tail);
+                    assert!(
+                        (summary.log_tail as f64 - truth.log_tail).abs() < 1e-5,
+                        "{} {}",
+                        summary.log_tail,
+                        truth.log_tail
+                    );
                 }
             }
         }

@@ -68,9 +68,13 @@ fn rms_norm_equals_its_plain_form() {
         |x, w| rms_norm(x[0].clone(), w.unwrap(), 1e-5),
         |x, w| rms_norm_reference(x[0].clone(), 1e-5) * w.unwrap().unsqueeze(),
     );
-    compare::<1>("unit_rms", &[random([500, 40])], None, |x, _| unit_rms(x[0].clone(), 1e-5), |x, _| {
-        rms_norm_reference(x[0].clone(), 1e-5)
-    });
+    compare::<1>(
+        "unit_rms",
+        &[random([500, 40])],
+        None,
+        |x, _| unit_rms(x[0].clone(), 1e-5),
+        |x, _| rms_norm_reference(x[0].clone(), 1e-5),
+    );
 }
 
 #[test]
@@ -79,17 +83,25 @@ fn rotary_equals_its_plain_form() {
     let frequencies: Vec<f32> = (0..8).map(|j| 10_000f32.powf(-(j as f32) / 8.0)).collect();
     for pairing in [Pairing::Interleaved, Pairing::Halves] {
         let table = RotaryTable::new(&positions, &frequencies, pairing);
-        compare::<1>("rotary", &[random([70, 48])], None, |x, _| rotary(x[0].clone(), 16, &table), |x, _| {
-            rotary_reference(x[0].clone(), 16, &table)
-        });
+        compare::<1>(
+            "rotary",
+            &[random([70, 48])],
+            None,
+            |x, _| rotary(x[0].clone(), 16, &table),
+            |x, _| rotary_reference(x[0].clone(), 16, &table),
+        );
     }
 }
 
 #[test]
 fn swiglu_equals_its_plain_form() {
-    compare::<1>("swiglu", &[random([70, 96])], None, |x, _| swiglu(x[0].clone()), |x, _| {
-        swiglu_reference(x[0].clone())
-    });
+    compare::<1>(
+        "swiglu",
+        &[random([70, 96])],
+        None,
+        |x, _| swiglu(x[0].clone()),
+        |x, _| swiglu_reference(x[0].clone()),
+    );
     compare::<1>(
         "gated_silu",
         &[random([70, 33]), random([70, 33])],
@@ -102,9 +114,13 @@ fn swiglu_equals_its_plain_form() {
 #[test]
 fn gathered_rows_equal_the_plain_form() {
     let rows = Arc::new(vec![3u32, 3, 0, 9, 3, 1, 0, 8]);
-    compare::<1>("gather_rows", &[random([10, 24])], None, |x, _| gather_rows(x[0].clone(), rows.clone()), |x, _| {
-        gather_rows_reference(x[0].clone(), &rows)
-    });
+    compare::<1>(
+        "gather_rows",
+        &[random([10, 24])],
+        None,
+        |x, _| gather_rows(x[0].clone(), rows.clone()),
+        |x, _| gather_rows_reference(x[0].clone(), &rows),
+    );
 }
 
 #[test]

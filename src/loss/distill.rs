@@ -184,8 +184,8 @@ impl DistillLoss {
             let log_tail = columns.clone().narrow(1, 1, 1) - all.clone();
             let log_kept = columns.narrow(1, 3, soft.width) - all;
             let probabilities = TensorData::new(soft.probabilities, [rows, soft.width]);
-            let crossed = (log_kept * Tensor::from_data(probabilities, &device)).sum()
-                + (log_tail * column(soft.tails)).sum();
+            let crossed =
+                (log_kept * Tensor::from_data(probabilities, &device)).sum() + (log_tail * column(soft.tails)).sum();
             let divergence = -crossed + soft.negative_entropy;
             soft_sum = Some(scalar(&divergence));
             let scale = if config.t_scale { (config.temperature as f64).powi(2) } else { 1.0 };

@@ -121,8 +121,7 @@ impl Attention {
     }
 
     pub fn visit(&mut self, prefix: &str, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
-        let matrices =
-            [("q", &mut self.query), ("k", &mut self.key), ("v", &mut self.value), ("o", &mut self.output)];
+        let matrices = [("q", &mut self.query), ("k", &mut self.key), ("v", &mut self.value), ("o", &mut self.output)];
         for (part, tensor) in matrices {
             visitor(&format!("{prefix}{part}_proj.weight"), ParameterRef::Matrix(tensor));
         }

@@ -48,9 +48,8 @@ impl TokenLayout {
         for sequence in &batch.sequences {
             ids.extend_from_slice(&sequence.tokens[..length]);
             for t in 0..length {
-                let goes_on = t > 0
-                    && sequence.segments[t] == sequence.segments[t - 1]
-                    && sequence.segments[t] != PADDING;
+                let goes_on =
+                    t > 0 && sequence.segments[t] == sequence.segments[t - 1] && sequence.segments[t] != PADDING;
                 positions.push(if goes_on { positions[positions.len() - 1] + 1 } else { 0 });
             }
         }

@@ -73,23 +73,23 @@ impl ResidentTeacher {
                     all.extend(&self.nothing());
                     continue;
                 }
-                let finite = kept.summaries.iter().all(|summary| {
-                    summary.log_probs.iter().all(|p| p.is_finite()) && !summary.log_tail.is_nan()
-                });
+                let finite = kept
+                    .summaries
+                    .iter()
+                    .all(|summary| summary.log_probs.iter().all(|p| p.is_finite()) && !summary.log_tail.is_nan());
                 if !finite {
                     return Err(Error::NotFinite {
                         what: "the teacher's prediction".into(),
                         tip: "check its weights with inspect, or run it in a wider type".into(),
                     });
                 }
-                let captures = kept.summaries.into_iter().zip(&self.temperatures).map(|(summary, &temperature)| {
-                    Capture {
+                let captures =
+                    kept.summaries.into_iter().zip(&self.temperatures).map(|(summary, &temperature)| Capture {
                         temperature,
                         log_probs: summary.log_probs,
                         log_tail: vec![summary.log_tail],
                         label_log_prob: vec![summary.label_log_prob],
-                    }
-                });
+                    });
                 let captures = captures.collect();
                 all.extend(&SparseTargets { offsets: vec![0, kept.ids.len() as u64], ids: kept.ids, captures });
             }

@@ -245,7 +245,8 @@ impl Trainer {
                 metrics.write(step)?;
                 (rate_tokens, rate_began) = (0, Instant::now());
             }
-            if every(self.config.evaluate_every) && !last
+            if every(self.config.evaluate_every)
+                && !last
                 && let Some(evaluate) = &mut output.evaluate
             {
                 let evaluation = evaluate(&self.model.frozen())?;
@@ -283,7 +284,8 @@ impl Trainer {
         };
         self.optimizer.save(&mut state);
         let path = checkpoint_dir(dir, self.step);
-        write_model(&mut self.model, &path, StoredDtype::F32, files, Some(&state))?;
+        let export = Export { dtype: StoredDtype::F32, max_shard_bytes: None, replace: true };
+        write_model(&mut self.model, &path, &export, files, Some(&state))?;
         if self.config.keep_checkpoints > 0 {
             keep_latest(dir, self.config.keep_checkpoints)?;
         }
@@ -291,11 +293,21 @@ impl Trainer {
     }
 }
 
-/// Writes a model in Hugging Face's layout, replacing a checkpoint of the same name once the new one is complete.
+/// How a model is written.
+#[derive(Debug, Clone, Copy)]
+pub struct Export {
+    pub dtype: StoredDtype,
+    /// Most bytes in one file of weights; `None` for the writer's default.
+    pub max_shard_bytes: Option<u64>,
+    /// Replace a checkpoint of the same name, once the new one is complete.
+    pub replace: bool,
+}
+
+/// Writes a model in Hugging Face's layout, with the files given beside it.
 pub fn write_model(
     model: &mut Decoder,
     dir: &std::path::Path,
-    dtype: StoredDtype,
+    export: &Export,
     files: &[(String, Vec<u8>)],
     state: Option<&TrainState>,
 ) -> Result<()> {
@@ -307,7 +319,7 @@ pub fn write_model(
     let mut config = model.config.json.clone();
     if let Some(keys) = config.as_object_mut() {
         keys.remove("torch_dtype");
-        let name = match dtype {
+        let name = match export.dtype {
             StoredDtype::F32 => "float32",
             StoredDtype::Bf16 => "bfloat16",
             StoredDtype::F16 => "float16",
@@ -319,9 +331,12 @@ pub fn write_model(
         "eos_token_id": config.get("eos_token_id"),
     });
     let generation = serde_json::to_vec_pretty(&generation).expect("plain JSON");
-    let mut writer = CheckpointWriter::new(dir, &config, dtype)
-        .with_overwrite(Overwrite::Replace)
+    let mut writer = CheckpointWriter::new(dir, &config, export.dtype)
+        .with_overwrite(if export.replace { Overwrite::Replace } else { Overwrite::Refuse })
         .with_file("generation_config.json", generation);
+    if let Some(bytes) = export.max_shard_bytes {
+        writer = writer.with_max_shard_bytes(bytes);
+    }
     for (name, bytes) in files {
         writer = writer.with_file(name.clone(), bytes.as_slice());
     }

@@ -218,11 +218,7 @@ impl Llama4Config {
             rms_norm_eps: self.rms_norm_eps as f32,
             tied: self.tie_word_embeddings,
             max_position: self.max_position_embeddings,
-            rope: Rope {
-                theta: self.rope_theta,
-                scaling: self.rope_scaling.clone(),
-                pairing: Pairing::Interleaved,
-            },
+            rope: Rope { theta: self.rope_theta, scaling: self.rope_scaling.clone(), pairing: Pairing::Interleaved },
             layers: (0..self.num_hidden_layers).map(layer).collect(),
             init_std: self.initializer_range,
             names: Names::Llama4,
