@@ -13,12 +13,11 @@ use crate::{
         report::{Arm, CacheFacts, Curves, Fact, Report, Role},
     },
     inputs::Inputs,
-    loss::{DistillLossConfig, Divergence, Weighting},
+    loss::{DistillLossConfig, Weighting},
     models::{Decoder, RandomWeights},
     precompute::{self, Caches},
     recipe::Recipe,
     run::RunOptions,
-    schedule::{LearningRate, Schedule},
     targets::TargetSource,
     train::{
         TrainConfig, TrainOutput, Trainer,
@@ -34,16 +33,9 @@ use crate::{
 /// Whatever is wrong with the recipe and its files; [`Error::Interrupted`] when asked to stop, with the state saved.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
     let mut inputs = Inputs::open(recipe, options)?;
-    let run_dir = inputs.plan.run_dir.clone();
-    let caches = precompute::fill(recipe, &inputs, options)?;
-    inputs.plan.set_sequence_count(caches.train.sequence_count())?;
+    let caches = precompute::fill(recipe, &mut inputs, options)?;
     for warning in &inputs.plan.warnings {
         tracing::warn!("{warning}");
-    }
-    std::fs::create_dir_all(&run_dir).map_err(Error::io(&run_dir))?;
-    for (name, text) in [("recipe.toml", recipe.to_toml()), ("plan.json", inputs.plan.to_json())] {
-        let path = run_dir.join(name);
-        std::fs::write(&path, text).map_err(Error::io(&path))?;
     }
     let run = Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? };
     for role in run.roles() {
@@ -101,11 +93,12 @@ impl Run<'_> {
 
     fn train(&self, role: Role) -> Result<()> {
         let (recipe, plan) = (self.recipe, &self.inputs.plan);
-        let (learning_rate, weighting): (LearningRate, Weighting) = match role {
+        let (learning_rate, weighting) = match role {
             Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
-            _ => (recipe.train.lr.learning_rate(), weighting(&recipe.soft_weight())),
+            _ => (recipe.train.lr.learning_rate(), recipe.weighting()),
         };
-        let loss = DistillLossConfig::new(Divergence::ForwardKl)
+        let loss = DistillLossConfig::new(recipe.loss.divergence)
+            .with_tail(recipe.loss.tail)
             .with_temperature(recipe.loss.temperature as f32, recipe.loss.t_scale)
             .with_weighting(weighting, plan.steps)
             .init()?;
@@ -144,7 +137,7 @@ impl Run<'_> {
             stop: self.options.stop.clone(),
             evaluate: self.caches.held_out.as_ref().map(|held_out| {
                 let bytes_per_token = bytes_per_token(held_out);
-                let tokens = train.evaluate_tokens.0;
+                let tokens = train.evaluate_tokens;
                 Box::new(move |model: &Decoder| {
                     let measured = evaluate(model, held_out, bytes_per_token, Some(tokens))?;
                     Ok(EvalMetrics {
@@ -244,14 +237,6 @@ impl Run<'_> {
                 Fact::new("root", &self.caches.train.manifest().root),
             ],
         })
-    }
-}
-
-fn weighting(schedule: &Schedule) -> Weighting {
-    match *schedule {
-        Schedule::Constant { value } => Weighting::Constant { soft: value },
-        Schedule::Linear { from, to } => Weighting::Linear { from, to },
-        Schedule::Cosine { from, to } | Schedule::Wsd { from, to, .. } => Weighting::Cosine { from, to },
     }
 }
 

@@ -4,13 +4,17 @@ use std::path::PathBuf;
 
 use crate::{
     checkpoint::CheckpointReader,
-    data::{DataConfig, DataSource, HeldOut},
+    data::{DataConfig, HeldOut},
     error::{Error, Result},
     models::{DecoderConfig, read_config},
-    recipe::{self, ModelSize, Plan, Recipe},
+    recipe::{ModelSize, Plan, Recipe},
     run::RunOptions,
     tokenizer::Tokenizer,
+    train::metrics::write_whole,
 };
+
+const RECIPE_FILE: &str = "recipe.toml";
+const PLAN_FILE: &str = "plan.json";
 
 /// A recipe's inputs, and its plan with the models' sizes.
 pub struct Inputs {
@@ -25,8 +29,6 @@ impl Inputs {
     /// # Errors
     /// When a file is missing or malformed, and when recipe, tokenizer and models do not fit each other.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
-        let tokenizer = tokenizer(recipe)?;
-        let student = recipe.student_config(&tokenizer)?;
         let teacher = match &recipe.teacher {
             Some(section) => {
                 let reader = CheckpointReader::open(&section.checkpoint)?;
@@ -34,9 +36,8 @@ impl Inputs {
             }
             None => None,
         };
-        if recipe.teacher.as_ref().is_some_and(|teacher| teacher.dtype == recipe::Dtype::Bf16) {
-            return Err(recipe.error("teacher.dtype", "is bf16, which this version does not compute in", "use f32"));
-        }
+        let tokenizer = tokenizer(recipe)?;
+        let student = recipe.student_config(&tokenizer)?;
         recipe.check_seq_len("the student", student.max_position)?;
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
@@ -46,7 +47,32 @@ impl Inputs {
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;
         let mut plan = Plan::new(recipe, options)?;
         plan.set_models(size(&student), teacher.as_ref().map(size));
-        Ok(Inputs { plan, tokenizer, data: data(recipe), student, teacher })
+        plan.tokenizer = Some(tokenizer.fingerprint());
+        plan.held_out_share = kept_share(&plan);
+        Ok(Inputs { data: data(recipe, &plan), plan, tokenizer, student, teacher })
+    }
+
+    /// Turns an amount of held-out tokens into the share of the documents that it comes to, which takes a pass over the
+    /// data. Nothing is left to do when the run directory's plan has the share already.
+    ///
+    /// # Errors
+    /// When the data cannot be read, or has fewer tokens than are to be held out.
+    pub fn resolve_held_out(&mut self) -> Result<()> {
+        if let HeldOut::Tokens(_) = self.data.held_out {
+            self.data.held_out = self.data.resolve_held_out(&self.tokenizer)?;
+        }
+        if let HeldOut::Share(share) = self.data.held_out {
+            self.plan.held_out_share = Some(share);
+        }
+        Ok(())
+    }
+
+    /// Writes recipe and plan into the run directory, for whoever wants to know what was run, and for later runs there.
+    pub fn freeze(&self) -> Result<()> {
+        let dir = &self.plan.run_dir;
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        write_whole(&dir.join(RECIPE_FILE), self.plan.recipe.to_toml().as_bytes())?;
+        write_whole(&dir.join(PLAN_FILE), self.plan.to_json().as_bytes())
     }
 
     /// The tokenizer's files, as a checkpoint carries them.
@@ -59,6 +85,16 @@ impl Inputs {
     }
 }
 
+/// The held-out share that the run directory's plan has for the same data. So documents stay on their side of the split
+/// when files are added, and the data is not read again for it.
+fn kept_share(plan: &Plan) -> Option<f64> {
+    let text = std::fs::read(plan.run_dir.join(PLAN_FILE)).ok()?;
+    // A plan that cannot be read any more is as good as none: it is written again.
+    let kept: Plan = serde_json::from_slice(&text).ok()?;
+    let decisive = |plan: &Plan| (plan.recipe.data.clone(), plan.recipe.seed, plan.tokenizer.clone());
+    kept.held_out_share.filter(|_| decisive(&kept) == decisive(plan))
+}
+
 fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
     let teacher = recipe.teacher.as_ref().map(|teacher| &teacher.checkpoint);
     let Some(path) = recipe.data.tokenizer.as_ref().or(teacher).or(recipe.student.checkpoint.as_ref()) else {
@@ -69,25 +105,14 @@ fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
     Tokenizer::open(path)?.with_document_tokens(data.document_start.as_deref(), data.document_end.as_deref())
 }
 
-fn source(source: &recipe::Source) -> DataSource {
-    DataSource {
-        path: source.path.to_string_lossy().into_owned(),
-        weight: source.weight,
-        field: source.field.clone(),
-        document_separator: source.document_separator.clone(),
+/// The data as a recipe says, with the held-out share of the plan in an amount's place.
+fn data(recipe: &Recipe, plan: &Plan) -> DataConfig {
+    DataConfig {
+        tokens: Some(recipe.data.tokens),
+        held_out: plan.held_out_share.map_or(recipe.data.held_out.clone(), HeldOut::Share),
+        seed: recipe.seed,
+        ..DataConfig::new(recipe.data.sources.clone(), recipe.data.seq_len)
     }
-}
-
-fn data(recipe: &Recipe) -> DataConfig {
-    let mut config = DataConfig::new(recipe.data.sources.iter().map(source).collect(), recipe.data.seq_len);
-    config.tokens = Some(recipe.data.tokens.0);
-    config.seed = recipe.seed;
-    config.held_out = match &recipe.data.held_out {
-        None => HeldOut::None,
-        Some(recipe::HeldOut::Tokens(tokens)) => HeldOut::Tokens(tokens.0),
-        Some(recipe::HeldOut::Sources(held_out)) => HeldOut::Sources(held_out.sources.iter().map(source).collect()),
-    };
-    config
 }
 
 fn size(config: &DecoderConfig) -> ModelSize {

@@ -6,17 +6,17 @@ use burn::tensor::Device;
 
 use crate::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Codec, Expectation, Selection, SoftTargetSettings, TeacherIdentity,
+        CacheReader, CacheSettings, CacheWriter, Expectation, Selection, SoftTargetSettings, TeacherIdentity,
         TokenizerIdentity,
     },
     checkpoint::CheckpointReader,
-    data::{DataConfig, DataLoader, Position},
+    data::{DataLoader, HeldOut, Position},
     error::{Error, Result},
     inputs::Inputs,
     models::{Decoder, parameter::CheckpointWeights},
     recipe::Recipe,
     run::RunOptions,
-    targets::PackedSequence,
+    targets::{PackedSequence, TargetSource},
     teacher::ResidentTeacher,
     train::progress::{Progress, Unit},
 };
@@ -32,16 +32,19 @@ pub struct Caches {
 /// # Errors
 /// Whatever is wrong with the recipe's files; [`Error::Interrupted`] when asked to stop, with what was sealed kept.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
-    let inputs = Inputs::open(recipe, options)?;
-    fill(recipe, &inputs, options)?;
+    let mut inputs = Inputs::open(recipe, options)?;
+    fill(recipe, &mut inputs, options)?;
     Ok(inputs.plan.cache_dir)
 }
 
-/// Fills what the caches lack, and opens them.
-pub fn fill(recipe: &Recipe, inputs: &Inputs, options: &RunOptions) -> Result<Caches> {
+/// Fills what the caches lack, and opens them. Completes the plan with what the text came to, and keeps it.
+pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
+    inputs.resolve_held_out()?;
     let mut filler = Filler::new(recipe, inputs, options)?;
     let train = filler.fill("train")?;
     let held_out = if inputs.data.held_out.is_none() { None } else { Some(filler.fill("held_out")?) };
+    inputs.plan.set_sequence_count(train.sequence_count())?;
+    inputs.freeze()?;
     Ok(Caches { train, held_out })
 }
 
@@ -147,7 +150,7 @@ impl<'a> Filler<'a> {
             },
             seq_len: self.inputs.data.seq_len,
             sequences_per_shard: self.recipe.cache.sequences_per_shard,
-            codec: Codec::Raw,
+            codec: self.recipe.cache.codec,
             soft_targets: self.soft_targets.clone(),
         })
     }
@@ -160,12 +163,12 @@ impl<'a> Filler<'a> {
 
     fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter) -> Result<()> {
         let seq_len = loader.seq_len() as u64;
-        let total = loader.sequence_limit().unwrap_or_else(|| expected(&self.inputs.data));
+        let total = loader.sequence_limit().unwrap_or_else(|| self.expected());
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
         let label = if split == "held_out" { format!("{label}, held out") } else { label.into() };
         let progress = Progress::new(&label, total * seq_len, Unit::Tokens);
         let progress = progress.starting_at(writer.next_sequence() * seq_len);
-        let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens.0);
+        let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
         let batch = (batch_tokens / seq_len).max(1);
         loop {
             let position = serde_json::to_value(loader.position()).expect("a position is plain data");
@@ -198,6 +201,14 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
+    /// Sequences the held-out split may have, for the progress bar alone.
+    fn expected(&self) -> u64 {
+        match self.recipe.data.held_out {
+            HeldOut::Tokens(tokens) => tokens.div_ceil(self.recipe.data.seq_len as u64),
+            _ => 0,
+        }
+    }
+
     /// Bytes of raw text that the predicted tokens stand for.
     fn text_bytes(&self, sequence: &PackedSequence) -> u64 {
         let predicted = (0..sequence.seq_len()).filter(|&t| sequence.is_valid(t)).map(|t| sequence.tokens[t + 1]);
@@ -214,13 +225,5 @@ impl<'a> Filler<'a> {
             self.teacher = Some(ResidentTeacher::new(model, self.recipe.cache.top_k, &temperatures)?);
         }
         Ok(self.teacher.as_ref().expect("just loaded"))
-    }
-}
-
-/// Sequences a held-out split may have, for the progress bar alone.
-fn expected(data: &DataConfig) -> u64 {
-    match data.held_out {
-        crate::data::HeldOut::Tokens(tokens) => tokens.div_ceil(data.seq_len as u64),
-        _ => 0,
     }
 }

@@ -3,7 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use limbeck::recipe::{HeldOut, Plan, Recipe, TokenCount, all_keys};
+use limbeck::data::{DataLoader, DataSource, HeldOut};
+use limbeck::inputs::Inputs;
+use limbeck::loss::Weighting;
+use limbeck::recipe::{Plan, Recipe, all_keys};
 use limbeck::run::RunOptions;
 use limbeck::schedule::Schedule;
 
@@ -104,11 +107,11 @@ fn every_key_is_documented_and_every_documented_key_exists() {
 #[test]
 fn a_small_recipe_has_sensible_defaults() {
     let recipe = parse(SMALL, &[]).unwrap();
-    assert_eq!(recipe.data.tokens, TokenCount(2_000_000));
-    assert_eq!(recipe.data.sources[0].path, Path::new("/recipes/text/*.txt"));
+    assert_eq!(recipe.data.tokens, 2_000_000);
+    assert_eq!(recipe.data.sources, [DataSource::new("/recipes/text/*.txt")]);
     assert_eq!(recipe.teacher.as_ref().unwrap().checkpoint, Path::new("/recipes/models/teacher"));
     assert_eq!((recipe.seed, recipe.cache.temperatures.as_slice()), (0, &[1.0][..]));
-    assert_eq!(recipe.soft_weight(), Schedule::Linear { from: 0.9, to: 0.5 });
+    assert_eq!(recipe.weighting(), Weighting::Linear { from: 0.9, to: 0.5 });
     assert_eq!(recipe.train.lr.learning_rate().schedule, Schedule::Cosine { from: 3e-3, to: 0.0 });
     assert_eq!((recipe.train.betas, recipe.train.router_aux_weight), ([0.9, 0.95], 0.001));
     assert!(!recipe.has_control());
@@ -116,7 +119,7 @@ fn a_small_recipe_has_sensible_defaults() {
     assert!(!parse(&format!("{SMALL}[control]\nenabled = false\n"), &[]).unwrap().has_control());
 
     let pre_training = SMALL.replace("[teacher]\ncheckpoint = \"models/teacher\"\n", "");
-    assert_eq!(parse(&pre_training, &[]).unwrap().soft_weight(), Schedule::Constant { value: 0.0 });
+    assert_eq!(parse(&pre_training, &[]).unwrap().weighting(), Weighting::hard_only());
 }
 
 #[test]
@@ -127,7 +130,7 @@ fn overrides_replace_and_add_keys() {
             "cache.top_k=16",
             "cache.top_k=8",
             "data.tokens=64k",
-            "data.held_out.sources=[{ path = \"../held_out.txt\" }]",
+            "data.held_out=[{ path = \"../held_out.txt\" }]",
             "data.sources.0.weight=2",
             "student.shape.like=maverick",
             "control.enabled=true",
@@ -138,12 +141,11 @@ fn overrides_replace_and_add_keys() {
         ],
     )
     .unwrap();
-    assert_eq!((recipe.cache.top_k, recipe.data.tokens.0, recipe.name.as_str()), (8, 64_000, "other-name"));
+    assert_eq!((recipe.cache.top_k, recipe.data.tokens, recipe.name.as_str()), (8, 64_000, "other-name"));
     assert_eq!(recipe.data.sources[0].weight, 2.0);
-    let Some(HeldOut::Sources(held_out)) = &recipe.data.held_out else { panic!("held_out is a table") };
-    assert_eq!(held_out.sources[0].path, Path::new("/held_out.txt"));
+    assert_eq!(recipe.data.held_out, HeldOut::Sources(vec![DataSource::new("/held_out.txt")]));
     assert_eq!(recipe.control_learning_rate().schedule, Schedule::Constant { value: 1e-2 });
-    assert_eq!(recipe.train.micro_batch_tokens, Some(TokenCount(1024)));
+    assert_eq!(recipe.train.micro_batch_tokens, Some(1024));
     assert_eq!(recipe.run.dir.as_deref(), Some(Path::new("/runs/a")));
 }
 
@@ -155,8 +157,8 @@ fn a_frozen_recipe_loads_to_the_same_recipe_anywhere() {
     let frozen = recipe.to_toml();
     let again = Recipe::parse(&frozen, "/elsewhere/recipe.toml", &[]).unwrap();
     assert_eq!(again.to_toml(), frozen);
-    assert_eq!(again.data.sources[0].path, recipe.data.sources[0].path);
-    assert_eq!(again.soft_weight(), Schedule::Constant { value: 0.7 });
+    assert_eq!(again.data, recipe.data);
+    assert_eq!(again.weighting(), Weighting::Constant { soft: 0.7 });
 }
 
 #[test]
@@ -166,7 +168,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_likely_one() {
         mistake_in("steps = 100", "steps = 100\nsequences_per = 3"),
         "line 19: `sequences_per` is not a key of [train]; the keys of [train] are `steps`, `epochs`, `batch_tokens`, \
          `micro_batch_tokens`, `lr`, `betas`, `eps`, `weight_decay`, `clip_norm`, `router_aux_weight`, \
-         `checkpoint_every`, `evaluate_every`, `keep_checkpoints`, `log_every`"
+         `checkpoint_every`, `evaluate_every`, `evaluate_tokens`, `keep_checkpoints`, `log_every`"
     );
     assert_eq!(
         mistake_in("steps = 100", "steps = 100\ntop_k = 3"),
@@ -207,12 +209,25 @@ fn a_wrong_type_names_key_value_and_what_is_allowed() {
     );
     assert_eq!(
         mistake_in("tokens = \"2M\"", "tokens = \"2 parsecs\""),
-        "line 5: `data.tokens` is string \"2 parsecs\"; expected a number of tokens such as 20000, \"1.5M\" or \"10B\""
+        "line 5: `data.tokens` is string \"2 parsecs\"; expected a count such as 20000, \"1.5M\" or \"10B\""
     );
     assert_eq!(
         mistake_in("seq_len = 256", "seq_len = 256\nheld_out = true"),
-        "line 7: `data.held_out` is boolean `true`; expected a number of tokens such as 20000, \"1.5M\" or \"10B\", or a \
-         table { sources = [...] }"
+        "line 7: `data.held_out` is boolean `true`; expected tokens (\"20M\"), a share (\"1%\"), a list of sources or \
+         \"none\""
+    );
+    assert_eq!(
+        mistake(SMALL, &["data.held_out=some"]),
+        "--set data.held_out=some: `data.held_out` is string \"some\"; expected tokens (\"20M\"), a share (\"1%\"), a list \
+         of sources or \"none\""
+    );
+    assert_eq!(
+        mistake_in("seq_len = 256", "seq_len = 256\nheld_out = [\n  { path = \"a.txt\", weight = \"heavy\" },\n]"),
+        "line 8: `data.held_out[0].weight` is string \"heavy\"; expected a number"
+    );
+    assert_eq!(
+        mistake_in("[cache]", "[loss]\nweighting = { kind = \"square\" }\n[cache]"),
+        "line 12: `loss.weighting.kind` is `square`; allowed: `constant`, `linear`, `cosine`"
     );
     assert_eq!(
         mistake_in("[teacher]", "[teacher]\nmode = \"resdient\""),
@@ -246,6 +261,10 @@ fn a_missing_key_is_named_with_its_section() {
     );
     assert_eq!(mistake_in("path = \"text/*.txt\"", ""), "line 4: `data.sources[0].path` is missing; add `path`");
     assert_eq!(mistake_in("like = \"scout\", ", ""), "line 15: `student.shape.like` is missing; add `like`");
+    let weighting = |keys: &str| mistake_in("[cache]", &format!("[loss]\nweighting = {{ {keys} }}\n[cache]"));
+    assert_eq!(weighting("soft = 0.5"), "line 12: `loss.weighting.kind` is missing; add `kind`");
+    assert_eq!(weighting("kind = \"constant\""), "line 12: `loss.weighting.soft` is missing; add `soft`");
+    assert_eq!(weighting("kind = \"linear\", to = 0.5"), "line 12: `loss.weighting.from` is missing; add `from`");
 }
 
 #[test]
@@ -305,9 +324,12 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("data.tokens=0", "`data.tokens` is 0; use at least 1"),
         ("data.seq_len=0", "`data.seq_len` is 0; use at least 1"),
         ("data.held_out=0", "`data.held_out` is 0; use at least 1"),
+        ("data.held_out=100%", "`data.held_out` is 1; use a number above 0 and below 1, or a token amount"),
+        ("data.held_out=[]", "`data.held_out` is empty; name at least one file, as in [{ path = \"text.txt\" }]"),
         ("teacher.batch_tokens=0", "`teacher.batch_tokens` is 0; use at least 1"),
         ("teacher.mode=streamed", "`teacher.mode` is `streamed`, which this version cannot do; use `resident`"),
         ("teacher.mode=remote", "`teacher.mode` is `remote`, which this version cannot do; use `resident`"),
+        ("teacher.dtype=bf16", "`teacher.dtype` is `bf16`, which this version cannot compute in; use `f32`"),
         ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),
         ("cache.temperatures=[]", "`cache.temperatures` is empty; use [1.0]"),
         ("cache.temperatures=[0]", "`cache.temperatures` is 0; use a number above 0 for each temperature"),
@@ -386,14 +408,10 @@ fn contradictions_are_refused_with_a_way_out() {
             &["train.lr.schedule=constant", "train.lr.to=1e-4"],
             "`train.lr.to` is not for a `constant` schedule; remove it",
         ),
-        (&["loss.weighting.kind=constant"], "`loss.weighting` of kind `constant` lacks `soft`; add soft, from 0 to 1"),
-        (
-            &["loss.weighting.kind=linear", "loss.weighting.from=0.9"],
-            "`loss.weighting` of kind `linear` lacks `to`; add to, from 0 to 1",
-        ),
+        (&["loss.weighting.kind=linear", "loss.weighting.from=0.9"], "`loss.weighting.to` is missing; add `to`"),
         (
             &["loss.weighting={ kind = \"cosine\", soft = 0.5 }"],
-            "`loss.weighting.soft` is not for a weighting of kind `cosine`; give `from` and `to`",
+            "`loss.weighting.soft` is not for this kind; use `from` or `to`",
         ),
         (
             &["loss.weighting={ kind = \"constant\", soft = 1.5 }"],
@@ -466,4 +484,50 @@ fn what_only_the_models_know_is_checked_with_their_numbers() {
         assert_eq!(error.to_string(), format!("/recipes/small.toml: {message}"));
         assert_eq!(error.exit_code(), 2);
     }
+}
+
+/// A recipe over `a.jsonl` in a folder, which holds some tokens out.
+fn with_text(folder: &Path) -> Recipe {
+    let text =
+        |number: usize| format!("{{\"text\": \"document {number} is about {}\"}}\n", "nothing ".repeat(number % 7));
+    std::fs::write(folder.join("a.jsonl"), (0..200).map(text).collect::<String>()).unwrap();
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart/tokenizer");
+    let text = format!(
+        "name = \"kept\"\nrun.dir = \"run\"\n[data]\nsources = [{{ path = \"*.jsonl\" }}]\ntokens = \"1k\"\nseq_len = 16\n\
+         held_out = 300\ntokenizer = {tokenizer:?}\n[student]\nshape = {{ like = \"llama\", layers = 1 }}\n[train]\n\
+         steps = 1\nbatch_tokens = 16\nlr = {{ schedule = \"constant\", from = 1e-3 }}\n"
+    );
+    Recipe::parse(&text, folder.join("recipe.toml"), &[]).unwrap()
+}
+
+#[test]
+fn the_plan_keeps_the_held_out_share_for_later_runs_of_the_same_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = with_text(folder.path());
+    let options = RunOptions::default();
+    let held_out = |inputs: &Inputs| {
+        let mut loader = DataLoader::held_out(&inputs.data, &inputs.tokenizer).unwrap();
+        std::iter::from_fn(|| loader.next_sequence().unwrap()).collect::<Vec<_>>()
+    };
+    let mut inputs = Inputs::open(&recipe, &options).unwrap();
+    assert_eq!((&inputs.data.held_out, inputs.plan.held_out_share), (&HeldOut::Tokens(300), None));
+    let sequences = held_out(&inputs);
+    inputs.resolve_held_out().unwrap();
+    let share = inputs.plan.held_out_share.unwrap();
+    assert_eq!(inputs.data.held_out, HeldOut::Share(share));
+    assert_eq!(held_out(&inputs), sequences);
+    inputs.freeze().unwrap();
+
+    std::fs::copy(folder.path().join("a.jsonl"), folder.path().join("b.jsonl")).unwrap();
+    let again = Inputs::open(&recipe, &options).unwrap();
+    assert_eq!((&again.data.held_out, again.plan.held_out_share), (&HeldOut::Share(share), Some(share)));
+    let frozen = Recipe::load(folder.path().join("run/recipe.toml"), &[]).unwrap();
+    assert_eq!(Inputs::open(&frozen, &options).unwrap().plan.held_out_share, Some(share));
+
+    for change in ["seed=1", "data.held_out=400", "data.sources.0.weight=2", "data.document_start=\"\""] {
+        let changed = Recipe::load(folder.path().join("run/recipe.toml"), &[change.to_string()]).unwrap();
+        assert_eq!(Inputs::open(&changed, &options).unwrap().plan.held_out_share, None, "{change}");
+    }
+    std::fs::write(folder.path().join("run/plan.json"), "{").unwrap();
+    assert_eq!(Inputs::open(&recipe, &options).unwrap().data.held_out, HeldOut::Tokens(300));
 }

@@ -84,7 +84,8 @@ impl<'de> Deserialize<'de> for HeldOut {
                         percent.trim().parse().map_err(|_| E::invalid_value(de::Unexpected::Str(text), &self))?;
                     return Ok(HeldOut::Share(percent / 100.0));
                 }
-                parse_count(text).map(HeldOut::Tokens).map_err(E::custom)
+                let tokens = parse_count(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))?;
+                Ok(HeldOut::Tokens(tokens))
             }
 
             fn visit_unit<E: de::Error>(self) -> Result<HeldOut, E> {

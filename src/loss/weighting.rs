@@ -39,15 +39,19 @@ impl Weighting {
 
     /// Refuses shares outside 0..=1.
     pub fn check(&self) -> Result<()> {
-        let shares = match *self {
-            Weighting::Constant { soft } => [soft, soft],
-            Weighting::Linear { from, to } | Weighting::Cosine { from, to } => [from, to],
-        };
-        match shares.into_iter().find(|share| !(0.0..=1.0).contains(share)) {
-            Some(share) => {
+        match self.shares().into_iter().find(|(_, share)| !(0.0..=1.0).contains(share)) {
+            Some((_, share)) => {
                 Err(Error::usage(format!("soft weight {share} is not a share"), "give a number from 0 to 1"))
             }
             None => Ok(()),
+        }
+    }
+
+    /// The shares it is made of, by their names.
+    pub fn shares(&self) -> Vec<(&'static str, f64)> {
+        match *self {
+            Weighting::Constant { soft } => vec![("soft", soft)],
+            Weighting::Linear { from, to } | Weighting::Cosine { from, to } => vec![("from", from), ("to", to)],
         }
     }
 

@@ -1,9 +1,8 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
-use super::schema::{
-    HeldOut, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, Source, TeacherMode, WeightingKind,
-};
+use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode};
+use crate::data::{DataSource, HeldOut};
 use crate::error::Result;
 
 /// Refuses a recipe that cannot be run whatever the models are.
@@ -94,19 +93,25 @@ fn check_name(recipe: &Recipe) -> Result<()> {
 fn check_data(recipe: &Recipe) -> Result<()> {
     let data = &recipe.data;
     check_sources(recipe, "data.sources", &data.sources)?;
-    recipe.positive("data.tokens", data.tokens.0)?;
+    recipe.positive("data.tokens", data.tokens)?;
     recipe.positive("data.seq_len", data.seq_len as u64)?;
     if data.seq_len > u32::MAX as usize {
         return Err(recipe.error("data.seq_len", format!("is {}", data.seq_len), "use less than 2^32"));
     }
     match &data.held_out {
-        Some(HeldOut::Tokens(tokens)) => recipe.positive("data.held_out", tokens.0),
-        Some(HeldOut::Sources(held_out)) => check_sources(recipe, "data.held_out.sources", &held_out.sources),
-        None => Ok(()),
+        HeldOut::None => Ok(()),
+        HeldOut::Tokens(tokens) => recipe.positive("data.held_out", *tokens),
+        HeldOut::Share(share) => recipe.number(
+            "data.held_out",
+            *share,
+            *share > 0.0 && *share < 1.0,
+            "above 0 and below 1, or a token amount",
+        ),
+        HeldOut::Sources(sources) => check_sources(recipe, "data.held_out", sources),
     }
 }
 
-fn check_sources(recipe: &Recipe, key: &str, sources: &[Source]) -> Result<()> {
+fn check_sources(recipe: &Recipe, key: &str, sources: &[DataSource]) -> Result<()> {
     if sources.is_empty() {
         return Err(recipe.error(key, "is empty", "name at least one file, as in [{ path = \"text.txt\" }]"));
     }
@@ -144,7 +149,11 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
                 let problem = format!("is `{mode}`, which this version cannot do");
                 return Err(recipe.error("teacher.mode", problem, "use `resident`"));
             }
-            recipe.positive("teacher.batch_tokens", teacher.batch_tokens.0)
+            if teacher.dtype == Dtype::Bf16 {
+                let problem = "is `bf16`, which this version cannot compute in";
+                return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
+            }
+            recipe.positive("teacher.batch_tokens", teacher.batch_tokens)
         }
         None if recipe.has_control() => Err(recipe.error(
             "control",
@@ -254,27 +263,10 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
         return Err(recipe.error("loss.temperature", problem, format!("add {temperature:?} to cache.temperatures")));
     }
     let Some(weighting) = &loss.weighting else { return Ok(()) };
-    let key = |name: &str| format!("loss.weighting.{name}");
-    let constant = weighting.kind == WeightingKind::Constant;
-    let kind = format!("{:?}", weighting.kind).to_lowercase();
-    for (name, value, wanted) in
-        [("soft", weighting.soft, constant), ("from", weighting.from, !constant), ("to", weighting.to, !constant)]
-    {
-        match value {
-            Some(_) if !wanted => {
-                let problem = format!("is not for a weighting of kind `{kind}`");
-                let tip = if constant { "give `soft` alone" } else { "give `from` and `to`" };
-                return Err(recipe.error(&key(name), problem, tip));
-            }
-            None if wanted => {
-                let problem = format!("of kind `{kind}` lacks `{name}`");
-                return Err(recipe.error("loss.weighting", problem, format!("add {name}, from 0 to 1")));
-            }
-            Some(value) => recipe.number(&key(name), value, (0.0..=1.0).contains(&value), "from 0 to 1")?,
-            None => {}
-        }
+    for (name, share) in weighting.shares() {
+        recipe.number(&format!("loss.weighting.{name}"), share, (0.0..=1.0).contains(&share), "from 0 to 1")?;
     }
-    if recipe.teacher.is_none() && weighting.schedule().peak() > 0.0 {
+    if recipe.teacher.is_none() && weighting.needs_soft_targets() {
         let problem = "gives the soft target a weight, and this recipe has no teacher";
         return Err(recipe.error("loss.weighting", problem, "add [teacher], or remove the key"));
     }
@@ -291,7 +283,7 @@ fn check_train(recipe: &Recipe) -> Result<()> {
         (Some(steps), None) => recipe.positive("train.steps", steps)?,
         (None, Some(epochs)) => recipe.number("train.epochs", epochs, epochs > 0.0, "above 0")?,
     }
-    let (seq_len, batch) = (recipe.data.seq_len as u64, train.batch_tokens.0);
+    let (seq_len, batch) = (recipe.data.seq_len as u64, train.batch_tokens);
     let multiple = |key: &str, tokens: u64| {
         recipe.positive(key, tokens)?;
         if tokens.is_multiple_of(seq_len) {
@@ -303,9 +295,9 @@ fn check_train(recipe: &Recipe) -> Result<()> {
     };
     multiple("train.batch_tokens", batch)?;
     if let Some(micro) = train.micro_batch_tokens {
-        multiple("train.micro_batch_tokens", micro.0)?;
-        if batch % micro.0 != 0 {
-            let problem = format!("is {}, which does not divide `train.batch_tokens` = {batch}", micro.0);
+        multiple("train.micro_batch_tokens", micro)?;
+        if batch % micro != 0 {
+            let problem = format!("is {micro}, which does not divide `train.batch_tokens` = {batch}");
             return Err(recipe.error(
                 "train.micro_batch_tokens",
                 problem,

@@ -4,9 +4,10 @@
 use serde::de::{Deserialize, Deserializer, Visitor};
 
 use super::schema::{
-    CacheSection, ControlSection, DataSection, HeldOutSources, LearningRateSection, LossSection, Recipe, RunSection,
-    Shape, Source, StudentSection, TeacherSection, TrainSection, WeightingSection,
+    CacheSection, ControlSection, DataSection, LearningRateSection, LossSection, Recipe, RunSection, Shape,
+    StudentSection, TeacherSection, TrainSection,
 };
+use crate::data::DataSource;
 
 /// A table of the recipe: its path, with `[]` after a list, and its keys.
 pub(super) struct Section {
@@ -22,9 +23,8 @@ pub(super) fn sections() -> Vec<Section> {
     vec![
         section::<Recipe>(""),
         section::<DataSection>("data"),
-        section::<Source>("data.sources[]"),
-        section::<HeldOutSources>("data.held_out"),
-        section::<Source>("data.held_out.sources[]"),
+        section::<DataSource>("data.sources[]"),
+        section::<DataSource>("data.held_out[]"),
         section::<TeacherSection>("teacher"),
         section::<CacheSection>("cache"),
         section::<StudentSection>("student"),
@@ -32,7 +32,8 @@ pub(super) fn sections() -> Vec<Section> {
         section::<ControlSection>("control"),
         section::<LearningRateSection>("control.lr"),
         section::<LossSection>("loss"),
-        section::<WeightingSection>("loss.weighting"),
+        // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
+        Section { path: "loss.weighting", keys: &["kind", "soft", "from", "to"] },
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
         section::<RunSection>("run"),

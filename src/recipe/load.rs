@@ -14,7 +14,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::check::check;
 use super::keys::{heading, sections, tip_for_unknown};
-use super::schema::{HeldOut, Recipe};
+use super::schema::Recipe;
+use crate::data::HeldOut;
 use crate::error::{Error, Result};
 
 /// Where the keys of a recipe were written.
@@ -107,13 +108,15 @@ impl Recipe {
         // Without symbolic links, so that `..` can be taken back by its words alone.
         let folder = folder.canonicalize().or_else(|_| std::path::absolute(folder)).map_err(Error::io(folder))?;
         let held_out = match &mut self.data.held_out {
-            Some(HeldOut::Sources(held_out)) => &mut held_out.sources[..],
+            HeldOut::Sources(sources) => &mut sources[..],
             _ => &mut [],
         };
-        let sources = self.data.sources.iter_mut().chain(held_out).map(|source| &mut source.path);
+        for source in self.data.sources.iter_mut().chain(held_out) {
+            source.path = absolute(&folder, Path::new(&source.path)).to_string_lossy().into_owned();
+        }
         let others = [&mut self.data.tokenizer, &mut self.cache.dir, &mut self.student.checkpoint, &mut self.run.dir];
         let teacher = self.teacher.iter_mut().map(|teacher| &mut teacher.checkpoint);
-        for path in sources.chain(others.into_iter().flatten()).chain(teacher) {
+        for path in others.into_iter().flatten().chain(teacher) {
             *path = absolute(&folder, path);
         }
         Ok(())
@@ -254,6 +257,13 @@ impl Written<'_> {
             let near = allowed.split('`').find(|word| strsim::normalized_damerau_levenshtein(value, word) >= 0.6);
             let tip = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
             return self.error(format!("{place}`{path}` is `{value}`"), format!("allowed: {allowed}{tip}"));
+        }
+        // Other unknown keys are found before: this is one of a table whose keys depend on its kind.
+        if let Some((key, allowed)) =
+            message.strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, expected "))
+        {
+            let key = format!("{path}.{key}");
+            return self.error(format!("{}`{key}` is not for this kind", self.prefix(&key)), format!("use {allowed}"));
         }
         let invalid = ["invalid type: ", "invalid value: ", "invalid length "];
         if let Some((value, expected)) = invalid

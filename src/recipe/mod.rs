@@ -13,7 +13,6 @@ mod plan;
 mod schema;
 mod student;
 
-pub use amount::TokenCount;
 pub use keys::all_keys;
 pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, raw_cache_bytes};
 pub use schema::*;

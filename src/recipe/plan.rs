@@ -5,22 +5,27 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::amount::{short_bytes, short_count};
-use super::schema::{Dtype, HeldOut, Recipe};
+use super::amount::{percent, short_bytes, short_count};
+use super::schema::{Dtype, Recipe};
+use crate::data::HeldOut;
 use crate::error::Result;
 use crate::run::RunOptions;
 use crate::schedule::{LearningRate, Schedule};
 
 /// A recipe, resolved.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     /// The version of this program.
     pub program_version: String,
     pub run_dir: PathBuf,
     pub cache_dir: PathBuf,
     pub device: String,
+    /// Fingerprint of the tokenizer, once it is known.
+    pub tokenizer: Option<String>,
+    /// Share of the documents that is held out, once it is known: what an amount of tokens comes to.
+    pub held_out_share: Option<f64>,
     /// Packed training sequences.
     pub sequences: SequenceCount,
     /// Packed sequences in one optimizer step.
@@ -49,7 +54,7 @@ pub struct Plan {
 }
 
 /// A number of packed sequences, and whether the text has been packed yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SequenceCount {
     /// From the tokens asked for.
@@ -67,7 +72,7 @@ impl SequenceCount {
 }
 
 /// The numbers of a model that memory depends on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelSize {
     /// What it is, in a word or two: `llama4, 4 layers`.
     pub description: String,
@@ -81,7 +86,7 @@ pub struct ModelSize {
 }
 
 /// Bytes on one device. Activations are an estimate, the rest is exact for AdamW in f32.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryEstimate {
     pub teacher_weights: u64,
     pub weights: u64,
@@ -154,7 +159,7 @@ impl Plan {
     pub fn new(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
         let run_dir = options.run_dir(recipe);
         let seq_len = recipe.data.seq_len as u64;
-        let micro_batch = recipe.train.micro_batch_tokens.unwrap_or(recipe.train.batch_tokens).0;
+        let micro_batch = recipe.train.micro_batch_tokens.unwrap_or(recipe.train.batch_tokens);
         let mut arms = vec!["student".to_string()];
         if recipe.has_control() {
             arms.push("control".to_string());
@@ -164,10 +169,12 @@ impl Plan {
             cache_dir: recipe.cache.dir.clone().unwrap_or_else(|| run_dir.join("cache")),
             run_dir,
             device: options.device.clone(),
-            sequences: SequenceCount::Estimated(recipe.data.tokens.0.div_ceil(seq_len)),
-            sequences_per_step: recipe.train.batch_tokens.0 / seq_len,
+            tokenizer: None,
+            held_out_share: None,
+            sequences: SequenceCount::Estimated(recipe.data.tokens.div_ceil(seq_len)),
+            sequences_per_step: recipe.train.batch_tokens / seq_len,
             sequences_per_micro_batch: micro_batch / seq_len,
-            micro_batches_per_step: recipe.train.batch_tokens.0 / micro_batch,
+            micro_batches_per_step: recipe.train.batch_tokens / micro_batch,
             steps: 0,
             trained_tokens: 0,
             epochs: 0.0,
@@ -240,7 +247,7 @@ fn warnings(recipe: &Recipe) -> Vec<String> {
         if !unused.is_empty() {
             warn(format!("cache.temperatures captures {}, which loss.temperature does not use", unused.join(", ")));
         }
-        if recipe.soft_weight().peak() == 0.0 {
+        if !recipe.weighting().needs_soft_targets() {
             warn("the soft target has no weight throughout, so the teacher is of no use".into());
         }
     }
@@ -277,19 +284,24 @@ impl fmt::Display for Plan {
         for (number, source) in recipe.data.sources.iter().enumerate() {
             let weight =
                 if recipe.data.sources.len() > 1 { format!(", weight {}", source.weight) } else { String::new() };
-            line(if number == 0 { "data" } else { "" }, format!("{}{weight}", source.path.display()))?;
+            line(if number == 0 { "data" } else { "" }, format!("{}{weight}", source.path))?;
         }
         let (about, sequences) = match self.sequences {
             SequenceCount::Estimated(count) => ("about ", count),
             SequenceCount::Counted(count) => ("", count),
         };
-        line("", format!("{} tokens in {about}{sequences} sequences of {}", recipe.data.tokens, recipe.data.seq_len))?;
+        let (tokens, seq_len) = (short_count(recipe.data.tokens), recipe.data.seq_len);
+        line("", format!("{tokens} tokens in {about}{sequences} sequences of {seq_len}"))?;
+        let share = |share: f64| format!("{} of the documents", percent(share));
         let held_out = match &recipe.data.held_out {
-            None => "nothing".to_string(),
-            Some(HeldOut::Tokens(tokens)) => format!("{tokens} tokens"),
-            Some(HeldOut::Sources(held_out)) => {
-                let paths = held_out.sources.iter().map(|source| source.path.display().to_string());
-                paths.collect::<Vec<_>>().join(", ")
+            HeldOut::None => "nothing".to_string(),
+            HeldOut::Tokens(tokens) => {
+                let share = self.held_out_share.map(|held_out| format!(", {}", share(held_out))).unwrap_or_default();
+                format!("{} tokens{share}", short_count(*tokens))
+            }
+            HeldOut::Share(held_out) => share(*held_out),
+            HeldOut::Sources(sources) => {
+                sources.iter().map(|source| source.path.as_str()).collect::<Vec<_>>().join(", ")
             }
         };
         line("held out", held_out)?;
@@ -314,20 +326,16 @@ impl fmt::Display for Plan {
         if let Some(size) = &self.student {
             line("", size.to_string())?;
         }
-        let weight = recipe.soft_weight();
-        let weight = (weight.value(0, self.steps), weight.value(self.steps, self.steps));
         if recipe.teacher.is_some() {
-            line(
-                "loss",
-                format!("forward KL, weight {} at the start, {} at the end; the text has the rest", weight.0, weight.1),
-            )?;
+            let [first, last] = [0, self.steps].map(|step| recipe.weighting().weights(step, self.steps).soft);
+            line("loss", format!("forward KL, weight {first} at the start, {last} at the end; the text has the rest"))?;
         }
         line(
             "training",
             format!(
                 "{} steps of {} tokens in {} micro-batch{}: {} tokens, {:.2} epochs",
                 self.steps,
-                recipe.train.batch_tokens.0,
+                recipe.train.batch_tokens,
                 self.micro_batches_per_step,
                 if self.micro_batches_per_step == 1 { "" } else { "es" },
                 short_count(self.trained_tokens),
@@ -453,6 +461,10 @@ mod tests {
         plan.set_models(student, Some(teacher));
         assert_eq!(plan.warnings, ["the student is larger than its teacher"]);
         assert!(plan.to_string().contains("llama4, 2 layers: 1k parameters, 600 active per token"));
+        plan.held_out_share = Some(0.0123456);
+        assert!(plan.to_string().contains("held out    10k tokens, 1.23% of the documents\n"), "{plan}");
+        let again: Plan = serde_json::from_str(&plan.to_json()).unwrap();
+        assert_eq!(again.to_json(), plan.to_json());
         let json: serde_json::Value = serde_json::from_str(&plan.to_json()).unwrap();
         assert_eq!(json["student"]["total_parameters"], 1000);
         assert_eq!(json["recipe"]["cache"]["top_k"], 32);

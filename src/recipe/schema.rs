@@ -1,5 +1,6 @@
 //! The recipe as it is written: one struct for each section, in pipeline order. Defaults and types live here; what a
-//! value may be lives in `check`, and what the values amount to lives in `plan`.
+//! value may be lives in `check`, and what the values amount to lives in `plan`. A value that the library has a type for is of
+//! that type.
 //!
 //! Unknown keys are errors. `docs/recipes.md` describes every key for users, and a test keeps it complete.
 
@@ -7,8 +8,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::amount::TokenCount;
 use super::load::Origin;
+use crate::cache::Codec;
+use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
+use crate::loss::{Divergence, Tail, Weighting};
 use crate::schedule::{LearningRate, Schedule};
 
 /// A whole recipe, with its defaults filled in and its paths absolute.
@@ -39,54 +42,25 @@ pub struct Recipe {
 }
 
 /// `[data]`: which text, how much of it, and how it is cut.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
     /// Text files, mixed by weight.
-    pub sources: Vec<Source>,
+    pub sources: Vec<DataSource>,
     /// Training tokens to take from the sources, as the student's own count: `"10B"`, `"1.5M"` or an integer.
-    pub tokens: TokenCount,
+    #[serde(deserialize_with = "deserialize_count")]
+    pub tokens: u64,
     /// Predictions in one packed sequence.
     pub seq_len: usize,
     /// What is kept apart for evaluation. Default: nothing.
-    pub held_out: Option<HeldOut>,
+    #[serde(default, skip_serializing_if = "HeldOut::is_none")]
+    pub held_out: HeldOut,
     /// `tokenizer.json`, or a directory that holds one. Default: the teacher's, else the student checkpoint's.
     pub tokenizer: Option<PathBuf>,
     /// Token put before each document, by its text; `""` for none. Default: what the tokenizer says.
     pub document_start: Option<String>,
     /// Token put after each document, by its text; `""` for none. Default: what the tokenizer says.
     pub document_end: Option<String>,
-}
-
-/// One entry of `data.sources`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Source {
-    /// A text (`.txt`, `.md`, `.rst`), JSON Lines (`.jsonl`, `.ndjson`) or `.parquet` file, or a pattern such as
-    /// `data/*.jsonl`.
-    pub path: PathBuf,
-    /// Share of the tokens, in proportion to the other weights. Default 1.
-    #[serde(default = "one")]
-    pub weight: f64,
-    /// Name of the field (JSON Lines) or column (Parquet) that holds the text. Default `text`.
-    pub field: Option<String>,
-    /// A line that separates the documents of a plain text file. Default: a file is one document.
-    pub document_separator: Option<String>,
-}
-
-/// `data.held_out`: an amount taken from the sources by whole documents, or sources of its own.
-#[derive(Debug, Clone, Serialize)]
-#[serde(untagged)]
-pub enum HeldOut {
-    Tokens(TokenCount),
-    Sources(HeldOutSources),
-}
-
-/// `data.held_out` with files of its own.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HeldOutSources {
-    pub sources: Vec<Source>,
 }
 
 /// `[teacher]`: the model whose probabilities are kept.
@@ -102,8 +76,8 @@ pub struct TeacherSection {
     #[serde(default)]
     pub dtype: Dtype,
     /// Tokens in one forward pass; at least one whole sequence is always run. Default 4096.
-    #[serde(default = "teacher_batch_tokens")]
-    pub batch_tokens: TokenCount,
+    #[serde(default = "teacher_batch_tokens", deserialize_with = "deserialize_count")]
+    pub batch_tokens: u64,
 }
 
 /// Where the teacher's weights are while it runs.
@@ -148,15 +122,6 @@ impl Default for CacheSection {
     fn default() -> Self {
         CacheSection { top_k: 64, temperatures: vec![1.0], codec: Codec::Raw, sequences_per_shard: 512, dir: None }
     }
-}
-
-/// How soft targets are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Codec {
-    /// 32-bit ids and log-probabilities, as they are.
-    #[default]
-    Raw,
 }
 
 /// `[student]`: the model that is trained; exactly one of `shape` and `checkpoint`.
@@ -263,7 +228,7 @@ pub struct LossSection {
     pub t_scale: bool,
     /// Weight of the soft target through the run; the hard target has the rest. Default with a teacher:
     /// linear from 0.9 to 0.5.
-    pub weighting: Option<WeightingSection>,
+    pub weighting: Option<Weighting>,
 }
 
 impl Default for LossSection {
@@ -278,46 +243,6 @@ impl Default for LossSection {
     }
 }
 
-/// Divergences between teacher and student.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Divergence {
-    /// KL(teacher || student).
-    #[default]
-    ForwardKl,
-}
-
-/// Treatments of the probability outside the kept ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Tail {
-    /// One outcome of its own.
-    #[default]
-    Bucket,
-}
-
-/// `loss.weighting`: the weight of the soft target, 0 to 1.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WeightingSection {
-    pub kind: WeightingKind,
-    /// The weight, when it is constant.
-    pub soft: Option<f64>,
-    /// The weight at the first step, when it changes.
-    pub from: Option<f64>,
-    /// The weight at the last step, when it changes.
-    pub to: Option<f64>,
-}
-
-/// How the weight of the soft target changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightingKind {
-    Constant,
-    Linear,
-    Cosine,
-}
-
 /// `[train]`: how long and how fast; exactly one of `steps` and `epochs`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -327,9 +252,11 @@ pub struct TrainSection {
     /// Passes over the training tokens; fractions are allowed.
     pub epochs: Option<f64>,
     /// Tokens in one optimizer step; a multiple of `data.seq_len`.
-    pub batch_tokens: TokenCount,
+    #[serde(deserialize_with = "deserialize_count")]
+    pub batch_tokens: u64,
     /// Tokens held in memory at once; a multiple of `data.seq_len` that divides `batch_tokens`. Default: all of them.
-    pub micro_batch_tokens: Option<TokenCount>,
+    #[serde(default, deserialize_with = "deserialize_optional_count")]
+    pub micro_batch_tokens: Option<u64>,
     pub lr: LearningRateSection,
     /// Decay of AdamW's two running means. Default `[0.9, 0.95]`.
     #[serde(default = "betas")]
@@ -352,8 +279,8 @@ pub struct TrainSection {
     /// Steps between evaluations on held-out text; 0 for one at the end only. Default: `checkpoint_every`.
     pub evaluate_every: Option<u64>,
     /// Most held-out tokens read by an evaluation during training; the one at the end reads all. Default 32768.
-    #[serde(default = "evaluate_tokens")]
-    pub evaluate_tokens: TokenCount,
+    #[serde(default = "evaluate_tokens", deserialize_with = "deserialize_count")]
+    pub evaluate_tokens: u64,
     /// Latest checkpoints kept. Default 2.
     #[serde(default = "keep_checkpoints")]
     pub keep_checkpoints: usize,
@@ -404,11 +331,11 @@ impl Recipe {
     }
 
     /// The weight of the soft target through the run; 0 throughout without a teacher. The hard target has the rest.
-    pub fn soft_weight(&self) -> Schedule {
+    pub fn weighting(&self) -> Weighting {
         match (&self.teacher, &self.loss.weighting) {
-            (None, _) => Schedule::Constant { value: 0.0 },
-            (Some(_), None) => Schedule::Linear { from: 0.9, to: 0.5 },
-            (Some(_), Some(weighting)) => weighting.schedule(),
+            (None, _) => Weighting::hard_only(),
+            (Some(_), None) => Weighting::Linear { from: 0.9, to: 0.5 },
+            (Some(_), Some(weighting)) => weighting.clone(),
         }
     }
 
@@ -423,18 +350,6 @@ impl StudentSection {
     /// Standard deviation of a new model's weights.
     pub fn init_std(&self) -> f64 {
         self.init_std.unwrap_or(0.02)
-    }
-}
-
-impl WeightingSection {
-    /// The schedule this describes. Keys that a kind needs are there once the recipe is checked.
-    pub fn schedule(&self) -> Schedule {
-        let (from, to) = (self.from.unwrap_or_default(), self.to.unwrap_or_default());
-        match self.kind {
-            WeightingKind::Constant => Schedule::Constant { value: self.soft.unwrap_or_default() },
-            WeightingKind::Linear => Schedule::Linear { from, to },
-            WeightingKind::Cosine => Schedule::Cosine { from, to },
-        }
     }
 }
 
@@ -455,8 +370,8 @@ impl LearningRateSection {
 fn one() -> f64 {
     1.0
 }
-fn teacher_batch_tokens() -> TokenCount {
-    TokenCount(4096)
+fn teacher_batch_tokens() -> u64 {
+    4096
 }
 fn betas() -> [f64; 2] {
     [0.9, 0.95]
@@ -473,8 +388,8 @@ fn router_aux_weight() -> f64 {
 fn checkpoint_every() -> u64 {
     500
 }
-fn evaluate_tokens() -> TokenCount {
-    TokenCount(32_768)
+fn evaluate_tokens() -> u64 {
+    32_768
 }
 fn keep_checkpoints() -> usize {
     2

@@ -258,5 +258,8 @@ fn a_recipes_data_section_is_read_as_written() {
     let paths: Vec<String> = read.relative_to(Path::new("/r")).sources.into_iter().map(|source| source.path).collect();
     assert_eq!(paths, ["/r/web/*.parquet", "/code/*.jsonl"]);
     let error = toml::from_str::<DataConfig>("sources = []\nseq_len = 8\ntokens = \"lots\"").unwrap_err().to_string();
-    assert!(error.contains("`lots` is not a count; write it like 2_097_152, 157k"), "{error}");
+    assert!(
+        error.contains("invalid value: string \"lots\", expected a count such as 20000, \"1.5M\" or \"10B\""),
+        "{error}"
+    );
 }
