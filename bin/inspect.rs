@@ -1,5 +1,6 @@
 //! `inspect`: what a path holds, decided by what it is.
 
+use limbeck::inputs::Inputs;
 use limbeck::recipe::{Plan, Recipe};
 use limbeck::run::RunOptions;
 use limbeck::{Error, Result};
@@ -23,7 +24,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         let (file, run_dir) =
             if path.is_file() { (path.clone(), None) } else { (path.join("recipe.toml"), Some(path.clone())) };
         let recipe = Recipe::load(file, &args.set)?;
-        print(&Plan::new(&recipe, &RunOptions { run_dir, ..RunOptions::default() })?.to_string())
+        print(&plan(&recipe, &RunOptions { run_dir, ..RunOptions::default() })?.to_string())
     } else if holds("manifest.json") || holds("train/manifest.json") {
         inspect_cache::run(args)
     } else if holds("config.json") {
@@ -34,5 +35,18 @@ pub fn run(args: &InspectArgs) -> Result<()> {
             "holds no recipe.toml, manifest.json or config.json",
             "name a recipe, or the directory of a cache, a checkpoint or a run",
         ))
+    }
+}
+
+/// The plan with the models' sizes; without them, and with a warning, when a model or tokenizer cannot be read.
+fn plan(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
+    match Inputs::open(recipe, options) {
+        Ok(inputs) => Ok(inputs.plan),
+        Err(error @ (Error::Recipe { .. } | Error::Usage { .. })) => Err(error),
+        Err(error) => {
+            let mut plan = Plan::new(recipe, options)?;
+            plan.warnings.push(format!("the models' sizes are not known: {error}"));
+            Ok(plan)
+        }
     }
 }
