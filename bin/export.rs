@@ -6,7 +6,7 @@ use limbeck::models::Decoder;
 use limbeck::run::RunOptions;
 use limbeck::tokenizer::Tokenizer;
 use limbeck::train::trainer::{Export, write_model};
-use limbeck::{Error, recipe::TokenCount};
+use limbeck::{Error, data::parse_count};
 
 use crate::cli::{ExportArgs, ExportDtype};
 use crate::output::print;
@@ -19,7 +19,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         ExportDtype::Bf16 => StoredDtype::Bf16,
         ExportDtype::F16 => StoredDtype::F16,
     };
-    let Some(TokenCount(max_shard_bytes)) = TokenCount::parse(&args.max_shard_bytes) else {
+    let Some(max_shard_bytes) = parse_count(&args.max_shard_bytes) else {
         let problem = format!("--max-shard-bytes is `{}`", args.max_shard_bytes);
         return Err(Error::usage(problem, "give a number of bytes such as 500M or 5B"));
     };

@@ -7,7 +7,7 @@ use std::fmt;
 /// `T` for 10^3, 10^6, 10^9 or 10^12, in either case. `1.5M` is 1,500,000; the result has to be whole.
 ///
 /// `None` for anything else, and above 2^63 - 1: what is read here must be writable as TOML, whose integers are signed.
-pub(super) fn parse_count(text: &str) -> Option<u64> {
+pub fn parse_count(text: &str) -> Option<u64> {
     let text = text.trim();
     let (number, zeros) = match text.chars().last()?.to_ascii_lowercase() {
         'k' => (&text[..text.len() - 1], 3),

@@ -15,7 +15,7 @@ mod source;
 mod split;
 mod stream;
 
-pub use amount::{deserialize_count, deserialize_optional_count};
+pub use amount::{deserialize_count, deserialize_optional_count, parse_count};
 pub use estimate::{SourceCount, count};
 pub use loader::{DataConfig, DataLoader, DocumentPosition, Position};
 pub use packing::{Packer, pack};
