@@ -38,11 +38,10 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     }
 }
 
-/// The plan with the models' sizes; without them, and with a warning, when a model or tokenizer cannot be read.
+/// The plan with the models' sizes; without them, and with a warning, when they cannot be had.
 fn plan(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
     match Inputs::open(recipe, options) {
         Ok(inputs) => Ok(inputs.plan),
-        Err(error @ (Error::Recipe { .. } | Error::Usage { .. })) => Err(error),
         Err(error) => {
             let mut plan = Plan::new(recipe, options)?;
             plan.warnings.push(format!("the models' sizes are not known: {error}"));

@@ -37,6 +37,7 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
     for warning in &inputs.plan.warnings {
         tracing::warn!("{warning}");
     }
+    inputs.freeze()?;
     let run = Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? };
     for role in run.roles() {
         run.train(role)?;

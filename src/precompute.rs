@@ -37,14 +37,13 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
     Ok(inputs.plan.cache_dir)
 }
 
-/// Fills what the caches lack, and opens them. Completes the plan with what the text came to, and keeps it.
+/// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
 pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
     inputs.resolve_held_out()?;
     let mut filler = Filler::new(recipe, inputs, options)?;
     let train = filler.fill("train")?;
     let held_out = if inputs.data.held_out.is_none() { None } else { Some(filler.fill("held_out")?) };
     inputs.plan.set_sequence_count(train.sequence_count())?;
-    inputs.freeze()?;
     Ok(Caches { train, held_out })
 }
 
