@@ -22,7 +22,7 @@ use crate::{
     targets::TargetSource,
     train::{
         TrainConfig, TrainOutput, Trainer,
-        metrics::{EvalMetrics, read_metrics},
+        metrics::{EvalMetrics, read_metrics, write_whole},
         optimizer::OptimizerConfig,
         progress::{Progress, Unit},
     },
@@ -41,13 +41,14 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
         tracing::warn!("{warning}");
     }
     std::fs::create_dir_all(&run_dir).map_err(Error::io(&run_dir))?;
-    for (name, text) in [("recipe.toml", recipe.to_toml()), ("plan.json", inputs.plan.to_json())] {
-        let path = run_dir.join(name);
-        std::fs::write(&path, text).map_err(Error::io(&path))?;
-    }
     let run = Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? };
     for role in run.roles() {
-        run.train(role)?;
+        let trainer = run.trainer(role)?;
+        // Only now: a run that refuses to go on with other settings must not lose the ones it was made with.
+        for (name, text) in [("recipe.toml", recipe.to_toml()), ("plan.json", inputs.plan.to_json())] {
+            write_whole(&run_dir.join(name), text.as_bytes())?;
+        }
+        run.train(role, trainer)?;
     }
     run.report()
 }
@@ -99,7 +100,8 @@ impl Run<'_> {
         }
     }
 
-    fn train(&self, role: Role) -> Result<()> {
+    /// An arm where it stands: at its latest checkpoint, or before its first step.
+    fn trainer(&self, role: Role) -> Result<Trainer> {
         let (recipe, plan) = (self.recipe, &self.inputs.plan);
         let (learning_rate, weighting): (LearningRate, Weighting) = match role {
             Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
@@ -130,9 +132,12 @@ impl Run<'_> {
             evaluate_every: train.evaluate_every.unwrap_or(train.checkpoint_every),
             data: self.caches.train.manifest().root.clone(),
         };
-        let source = &self.caches.train;
-        let trainer = Trainer::new(config, self.student()?, loss, source.sequence_count());
-        let mut trainer = trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())?;
+        let trainer = Trainer::new(config, self.student()?, loss, self.caches.train.sequence_count());
+        trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())
+    }
+
+    fn train(&self, role: Role, mut trainer: Trainer) -> Result<()> {
+        let (train, plan) = (&self.recipe.train, &self.inputs.plan);
         if trainer.step_count() == plan.steps {
             return Ok(());
         }
@@ -159,7 +164,7 @@ impl Run<'_> {
                 }) as _
             }),
         };
-        trainer.run(source, output)
+        trainer.run(&self.caches.train, output)
     }
 
     fn report(&self) -> Result<Report> {
