@@ -159,13 +159,7 @@ impl<'a> Filler<'a> {
 
     /// Fills the cache from where the loader is. The first `sealed` sequences it gives are in the cache already: the
     /// batch they began is computed once more as a whole, for a row's last bit may depend on the batch it is in.
-    fn write(
-        &mut self,
-        split: &str,
-        loader: &mut DataLoader,
-        writer: &mut CacheWriter,
-        mut sealed: u64,
-    ) -> Result<()> {
+    fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter, mut sealed: u64) -> Result<()> {
         let seq_len = loader.seq_len() as u64;
         let total = loader.sequence_limit().unwrap_or_else(|| expected(&self.inputs.data));
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };

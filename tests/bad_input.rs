@@ -277,11 +277,7 @@ fn empty_text_and_text_that_is_not_utf8_are_named_with_their_place() {
             b" \n",
             "DIR/empty.txt: record 1: the file has no text; give it some text, or take it out of the source",
         ),
-        (
-            "empty.jsonl",
-            b"",
-            "DIR/empty.jsonl: the source has no records; give it some text, or leave the source out",
-        ),
+        ("empty.jsonl", b"", "DIR/empty.jsonl: the source has no records; give it some text, or leave the source out"),
         (
             "latin.txt",
             b"caf\xe9 au lait",

@@ -125,7 +125,9 @@ fn a_recipe_without_teacher_trains_on_the_text_alone() {
     assert_eq!((report.arms[0].role, report.arms[0].evaluation.kl_to_teacher), (Role::Student, None));
     assert!(report.cache.is_none());
     let (steps, _) = logged(&small.path("run"), "student");
-    assert!(steps.iter().all(|line| line.soft_loss.is_none() && line.soft_weight == 0.0 && line.loss == line.hard_loss));
+    assert!(
+        steps.iter().all(|line| line.soft_loss.is_none() && line.soft_weight == 0.0 && line.loss == line.hard_loss)
+    );
     assert!(steps[23].loss < 0.8 * steps[0].loss);
     let cache = CacheReader::open(small.path("run/cache/train")).unwrap();
     assert!(cache.manifest().settings.soft_targets.is_none());
@@ -183,7 +185,10 @@ fn the_control_differs_from_the_student_by_its_loss_alone() {
     assert_eq!(student[0].expert_load, control[0].expert_load);
     assert_eq!((student[0].soft_weight, control[0].soft_weight), (0.5, 0.0));
     for (student, control) in student.iter().zip(&control) {
-        assert_eq!((student.step, student.tokens_seen, student.epoch), (control.step, control.tokens_seen, control.epoch));
+        assert_eq!(
+            (student.step, student.tokens_seen, student.epoch),
+            (control.step, control.tokens_seen, control.epoch)
+        );
         assert_eq!((student.total_steps, student.learning_rate), (control.total_steps, control.learning_rate));
     }
 }

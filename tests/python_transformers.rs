@@ -11,11 +11,9 @@ use std::path::Path;
 use std::process::Command;
 
 use burn::tensor::Device;
-use limbeck::checkpoint::{
-    CheckpointReader, CheckpointWriter, Dtype, SafetensorsEntry, StoredDtype, TensorData, TensorSpec, write_safetensors,
-};
+use limbeck::checkpoint::{Dtype, SafetensorsEntry, TensorData, write_safetensors};
 use limbeck::models::{DecoderConfig, read_config};
-use limbeck::train::trainer::write_model;
+use limbeck::train::trainer::{Export, write_model};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
@@ -66,22 +64,13 @@ fn check(python: &str, folder: &Path, checkpoint: &Path, vocab_size: usize, para
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}: {stdout}{stderr}", checkpoint.display());
     let result: Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!((&result["ok"], &result["missing_keys"], &result["unexpected_keys"]), (&json!(true), &json!(0), &json!(0)));
+    assert_eq!(
+        (&result["ok"], &result["missing_keys"], &result["unexpected_keys"]),
+        (&json!(true), &json!(0), &json!(0))
+    );
     assert_eq!(result["parameters"], parameters, "{stdout}");
     assert!(result["max_difference"].as_f64().unwrap() <= 2e-4, "{stdout}");
     assert!(result["max_abs_logit"].as_f64().unwrap() > 1.0, "logits that are all alike would prove little: {stdout}");
-}
-
-/// The same weights in shards of at most so many bytes.
-fn shard(from: &Path, to: &Path, max_shard_bytes: u64) {
-    let reader = CheckpointReader::open(from).unwrap();
-    let shape = |name: &str| reader.info(name).unwrap().shape.clone();
-    let specs: Vec<TensorSpec> = reader.names().map(|name| TensorSpec::new(name, shape(name))).collect();
-    CheckpointWriter::new(to, reader.config(), StoredDtype::F32)
-        .with_max_shard_bytes(max_shard_bytes)
-        .write(&specs, &mut |name| reader.load_f32(name, &shape(name)))
-        .unwrap();
-    assert!(to.join("model.safetensors.index.json").is_file());
 }
 
 fn dense(vocab_size: usize, tied: bool) -> DecoderConfig {
@@ -126,11 +115,13 @@ fn a_student_loads_in_transformers_with_equal_logits() {
         let (parameters, _) = config.parameter_counts();
         let mut model = random_model(config, 7, &Device::flex());
         let checkpoint = small.path(name);
-        write_model(&mut model, &checkpoint, StoredDtype::F32, files, None).unwrap();
+        write_model(&mut model, &checkpoint, &EXPORT, files, None).unwrap();
         check(&python, &small.path(""), &checkpoint, vocab_size, parameters);
         if name == "scout" {
             let sharded = small.path("scout-sharded");
-            shard(&checkpoint, &sharded, 20_000);
+            let export = Export { max_shard_bytes: Some(20_000), ..EXPORT };
+            write_model(&mut model, &sharded, &export, files, None).unwrap();
+            assert!(sharded.join("model.safetensors.index.json").is_file());
             check(&python, &small.path(""), &sharded, vocab_size, parameters);
         }
     }

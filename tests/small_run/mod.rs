@@ -15,7 +15,7 @@ use limbeck::models::{Decoder, DecoderConfig, RandomWeights};
 use limbeck::recipe::Recipe;
 use limbeck::run::RunOptions;
 use limbeck::tokenizer::{Tokenizer, train_byte_level_bpe};
-use limbeck::train::trainer::write_model;
+use limbeck::train::trainer::{Export, write_model};
 use tempfile::TempDir;
 
 pub const RECIPE: &str = r#"name = "small"
@@ -59,6 +59,9 @@ checkpoint_every = 8
 evaluate_every = 8
 log_every = 1
 "#;
+
+/// How the tests write models.
+pub const EXPORT: Export = Export { dtype: StoredDtype::F32, max_shard_bytes: None, replace: true };
 
 pub struct SmallRun {
     /// Removed when the run is dropped.
@@ -108,7 +111,8 @@ impl SmallRun {
     /// The program run on this folder's recipe, with results in `run`.
     pub fn limbeck(&self, command: &str, more: &[&str]) -> Outcome {
         let (recipe, run_dir) = (self.path("recipe.toml"), self.path("run"));
-        let mut arguments: Vec<&OsStr> = vec![command.as_ref(), recipe.as_ref(), "--run-dir".as_ref(), run_dir.as_ref()];
+        let mut arguments: Vec<&OsStr> =
+            vec![command.as_ref(), recipe.as_ref(), "--run-dir".as_ref(), run_dir.as_ref()];
         arguments.extend(more.iter().map(OsStr::new));
         limbeck(&arguments)
     }
@@ -175,15 +179,17 @@ pub fn random_model(config: DecoderConfig, seed: u64, device: &Device) -> Decode
 /// A checkpoint of random weights.
 pub fn write_random(config: Llama4Config, dir: &Path, seed: u64) {
     let mut model = random_model(config.decoder(dir).unwrap(), seed, &Device::flex());
-    write_model(&mut model, dir, StoredDtype::F32, &[], None).unwrap();
+    write_model(&mut model, dir, &EXPORT, &[], None).unwrap();
 }
 
 /// Documents of one to four sentences that follow a pattern, so that there is something to learn.
 pub fn documents(seed: u64, count: usize) -> Vec<String> {
     const SUBJECTS: [&str; 6] = ["the still", "a retort", "the old alchemist", "her apprentice", "the fire", "a drop"];
     const VERBS: [&str; 6] = ["warms", "cools", "fills", "watches", "empties", "carries"];
-    const OBJECTS: [&str; 6] = ["the glass", "a copper pipe", "the receiver", "the vapour", "some water", "the worm tub"];
-    const ENDS: [&str; 6] = ["slowly", "before dawn", "in silence", "again and again", "until it is clear", "by the river"];
+    const OBJECTS: [&str; 6] =
+        ["the glass", "a copper pipe", "the receiver", "the vapour", "some water", "the worm tub"];
+    const ENDS: [&str; 6] =
+        ["slowly", "before dawn", "in silence", "again and again", "until it is clear", "by the river"];
     let mut state = seed;
     let mut one_of = |words: &[&'static str]| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -191,9 +197,8 @@ pub fn documents(seed: u64, count: usize) -> Vec<String> {
     };
     (0..count)
         .map(|number| {
-            let sentences = (0..=number % 4).map(|_| {
-                format!("{} {} {} {}.", one_of(&SUBJECTS), one_of(&VERBS), one_of(&OBJECTS), one_of(&ENDS))
-            });
+            let sentences = (0..=number % 4)
+                .map(|_| format!("{} {} {} {}.", one_of(&SUBJECTS), one_of(&VERBS), one_of(&OBJECTS), one_of(&ENDS)));
             sentences.collect::<Vec<_>>().join(" ")
         })
         .collect()
