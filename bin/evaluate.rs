@@ -4,11 +4,10 @@ use limbeck::Result;
 
 use crate::cli::EvaluateArgs;
 use crate::output::print;
-use crate::setup::{recipe_and_options, stop_on_ctrl_c};
+use crate::setup::recipe_and_options;
 
 pub fn run(args: &EvaluateArgs) -> Result<()> {
     let (recipe, options) = recipe_and_options(&args.target, &args.run)?;
-    stop_on_ctrl_c(&options.stop)?;
     let report = limbeck::distill::report(&recipe, &options)?;
     let page = options.run_dir(&recipe).join("report.html");
     print(&format!("{}\nreport: {}\n", report.table().trim_end(), page.display()))

@@ -17,6 +17,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
     let model = Decoder::open(&args.checkpoint, &device)?;
     let prompt: Vec<u32> = tokenizer.document_start().into_iter().chain(tokenizer.encode(&args.prompt)?).collect();
+    let (length, most) = (prompt.len().saturating_add(args.max_tokens), model.config.max_position);
+    if length > most {
+        let problem = format!("the prompt has {} tokens, --max-tokens is {}", prompt.len(), args.max_tokens);
+        let tip = "ask for fewer tokens, or shorten the prompt";
+        return Err(Error::usage(format!("{problem}, and the model reads at most {most} positions"), tip));
+    }
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     print(&args.prompt)?;
     let mut text = tokenizer.text_stream();

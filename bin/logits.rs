@@ -13,6 +13,9 @@ use crate::output::print;
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let device = RunOptions { device: args.device.device.clone(), ..RunOptions::default() }.device()?;
     let file = read_safetensors(&args.tokens)?;
+    if !file.contains("input_ids") {
+        return Err(wrong(args, "is missing".into(), "give it as i64 of shape [batch, sequence]"));
+    }
     let shape = file.info("input_ids")?.shape.clone();
     let [batch, length] = shape[..] else {
         return Err(wrong(args, format!("has shape {shape:?}"), "give it the shape [batch, sequence]"));

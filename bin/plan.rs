@@ -11,5 +11,7 @@ use crate::setup::recipe_and_options;
 
 pub fn run(target: &Path, flags: &RunFlags) -> Result<()> {
     let (recipe, options) = recipe_and_options(target, flags)?;
-    print(&Inputs::open(&recipe, &options)?.plan.to_string())
+    let inputs = Inputs::open(&recipe, &options)?;
+    inputs.check_text(&recipe)?;
+    print(&inputs.plan.to_string())
 }

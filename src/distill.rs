@@ -37,10 +37,12 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
     for warning in &inputs.plan.warnings {
         tracing::warn!("{warning}");
     }
-    inputs.freeze()?;
     let run = Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? };
     for role in run.roles() {
-        run.train(role)?;
+        let trainer = run.trainer(role)?;
+        // Only now: a run that refuses to go on with other settings must not lose the ones it was made with.
+        inputs.freeze()?;
+        run.train(role, trainer)?;
     }
     run.report()
 }
@@ -92,7 +94,8 @@ impl Run<'_> {
         }
     }
 
-    fn train(&self, role: Role) -> Result<()> {
+    /// An arm where it stands: at its latest checkpoint, or before its first step.
+    fn trainer(&self, role: Role) -> Result<Trainer> {
         let (recipe, plan) = (self.recipe, &self.inputs.plan);
         let (learning_rate, weighting) = match role {
             Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
@@ -124,9 +127,12 @@ impl Run<'_> {
             evaluate_every: train.evaluate_every.unwrap_or(train.checkpoint_every),
             data: self.caches.train.manifest().root.clone(),
         };
-        let source = &self.caches.train;
-        let trainer = Trainer::new(config, self.student()?, loss, source.sequence_count());
-        let mut trainer = trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())?;
+        let trainer = Trainer::new(config, self.student()?, loss, self.caches.train.sequence_count());
+        trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())
+    }
+
+    fn train(&self, role: Role, mut trainer: Trainer) -> Result<()> {
+        let (train, plan) = (&self.recipe.train, &self.inputs.plan);
         if trainer.step_count() == plan.steps {
             return Ok(());
         }
@@ -153,7 +159,7 @@ impl Run<'_> {
                 }) as _
             }),
         };
-        trainer.run(source, output)
+        trainer.run(&self.caches.train, output)
     }
 
     fn report(&self) -> Result<Report> {

@@ -1,6 +1,6 @@
 //! What a run reads, opened and checked before anything is computed: tokenizer, models' configurations, data settings.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{
     checkpoint::CheckpointReader,
@@ -29,6 +29,9 @@ impl Inputs {
     /// # Errors
     /// When a file is missing or malformed, and when recipe, tokenizer and models do not fit each other.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
+        for (key, checkpoint) in checkpoints(recipe) {
+            check_path(recipe, key, checkpoint, "give the path of a model directory in Hugging Face layout")?;
+        }
         let teacher = match &recipe.teacher {
             Some(section) => {
                 let reader = CheckpointReader::open(&section.checkpoint)?;
@@ -37,6 +40,7 @@ impl Inputs {
             None => None,
         };
         let tokenizer = tokenizer(recipe)?;
+        check_tokenizers(recipe, &tokenizer)?;
         let student = recipe.student_config(&tokenizer)?;
         recipe.check_seq_len("the student", student.max_position)?;
         if let Some(teacher) = &teacher {
@@ -75,6 +79,27 @@ impl Inputs {
         write_whole(&dir.join(PLAN_FILE), self.plan.to_json().as_bytes())
     }
 
+    /// Whether the text is there, which only filling a cache needs.
+    ///
+    /// # Errors
+    /// When a source is missing or is none that can be read.
+    pub fn check_text(&self, recipe: &Recipe) -> Result<()> {
+        let held_out = match &recipe.data.held_out {
+            HeldOut::Sources(sources) => sources.as_slice(),
+            _ => &[],
+        };
+        let tip = "give the path of a text, JSON Lines or Parquet file";
+        for (list, sources) in [("data.sources", recipe.data.sources.as_slice()), ("data.held_out", held_out)] {
+            for (number, source) in sources.iter().enumerate() {
+                // What a pattern matches is found out below.
+                if !source.path.contains(['*', '?', '[']) {
+                    check_path(recipe, &format!("{list}[{number}].path"), Path::new(&source.path), tip)?;
+                }
+            }
+        }
+        self.data.check_files()
+    }
+
     /// The tokenizer's files, as a checkpoint carries them.
     pub fn tokenizer_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let read = |path: PathBuf| {
@@ -95,12 +120,54 @@ fn kept_share(plan: &Plan) -> Option<f64> {
     kept.held_out_share.filter(|_| decisive(&kept) == decisive(plan))
 }
 
+/// The checkpoints a recipe names, each under its key.
+fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
+    let teacher = recipe.teacher.iter().map(|teacher| ("teacher.checkpoint", teacher.checkpoint.as_path()));
+    teacher.chain(recipe.student.checkpoint.iter().map(|checkpoint| ("student.checkpoint", checkpoint.as_path())))
+}
+
+/// Refuses a path that leads nowhere, as the slip in the recipe that it is.
+fn check_path(recipe: &Recipe, key: &str, path: &Path, tip: &str) -> Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    Err(recipe.error(key, format!("is {}, which does not exist", path.display()), tip))
+}
+
+/// Refuses a tokenizer other than the one a model was made with: its token ids would mean something else.
+fn check_tokenizers(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<()> {
+    for (key, checkpoint) in checkpoints(recipe) {
+        let own = checkpoint.join("tokenizer.json");
+        if !own.is_file() || own == tokenizer.path() {
+            continue;
+        }
+        let own = Tokenizer::open(&own)?;
+        if own.fingerprint() != tokenizer.fingerprint() {
+            let side = |tokenizer: &Tokenizer| {
+                let fingerprint: String = tokenizer.fingerprint().chars().take(16).collect();
+                format!("{} tokens, fingerprint {fingerprint}...", tokenizer.vocab_size())
+            };
+            return Err(Error::Mismatch {
+                what: "the tokenizer".into(),
+                left_name: format!("`{key}` {}", checkpoint.display()),
+                left: side(&own),
+                right_name: tokenizer.path().display().to_string(),
+                right: side(tokenizer),
+                tip: "make `data.tokenizer` the model's own, or leave it away".into(),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
     let teacher = recipe.teacher.as_ref().map(|teacher| &teacher.checkpoint);
     let Some(path) = recipe.data.tokenizer.as_ref().or(teacher).or(recipe.student.checkpoint.as_ref()) else {
         let tip = "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`";
         return Err(recipe.error("data.tokenizer", "is missing and no model brings one", tip));
     };
+    let tip = "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`";
+    check_path(recipe, "data.tokenizer", path, tip)?;
     let data = &recipe.data;
     Tokenizer::open(path)?.with_document_tokens(data.document_start.as_deref(), data.document_end.as_deref())
 }

@@ -39,6 +39,9 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
 
 /// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
 pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
+    // First what costs nothing: the share that is held out may take a reading of all the text, and the teacher's
+    // fingerprint one of all its weights.
+    inputs.check_text(recipe)?;
     inputs.resolve_held_out()?;
     let mut filler = Filler::new(recipe, inputs, options)?;
     let train = filler.fill("train")?;
@@ -116,17 +119,14 @@ impl<'a> Filler<'a> {
         let settings = self.settings(split, &loader)?;
         let mut writer = CacheWriter::create_or_resume(&dir, settings)?;
         if !writer.is_finished() {
-            let next = writer.next_sequence();
+            let mut sealed = 0;
             if let Some(position) = writer.position() {
-                let skip = next - position.sequence;
+                sealed = writer.next_sequence() - position.sequence;
                 let position: Position = serde_json::from_value(position.loader.clone())
                     .map_err(|error| Error::file(&dir, format!("its position cannot be read: {error}"), "delete it"))?;
                 loader = self.loader(split, Some(&position))?;
-                for _ in 0..skip {
-                    loader.next_sequence()?;
-                }
             }
-            self.write(split, &mut loader, &mut writer)?;
+            self.write(split, &mut loader, &mut writer, sealed)?;
         }
         let manifest = writer.finish()?;
         tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
@@ -160,7 +160,9 @@ impl<'a> Filler<'a> {
         teacher.max(self.inputs.tokenizer.vocab_size())
     }
 
-    fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter) -> Result<()> {
+    /// Fills the cache from where the loader is. The first `sealed` sequences it gives are in the cache already: the
+    /// batch they began is computed once more as a whole, for a row's last bit may depend on the batch it is in.
+    fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter, mut sealed: u64) -> Result<()> {
         let seq_len = loader.seq_len() as u64;
         let total = loader.sequence_limit().unwrap_or_else(|| self.expected());
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
@@ -170,8 +172,9 @@ impl<'a> Filler<'a> {
         let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
         let batch = (batch_tokens / seq_len).max(1);
         loop {
-            let position = serde_json::to_value(loader.position()).expect("a position is plain data");
-            writer.set_position(position);
+            if sealed == 0 {
+                writer.set_position(serde_json::to_value(loader.position()).expect("a position is plain data"));
+            }
             let mut sequences: Vec<PackedSequence> = Vec::with_capacity(batch as usize);
             while (sequences.len() as u64) < batch {
                 match loader.next_sequence()? {
@@ -182,16 +185,21 @@ impl<'a> Filler<'a> {
             if sequences.is_empty() {
                 break;
             }
+            let count = sequences.len() as u64;
+            if count <= sealed {
+                sealed -= count;
+                continue;
+            }
             let targets: Vec<_> = match &self.soft_targets {
                 Some(_) => self.teacher()?.targets(&sequences)?.into_iter().map(Some).collect(),
                 None => vec![None; sequences.len()],
             };
-            let count = sequences.len() as u64;
-            for (sequence, targets) in sequences.into_iter().zip(targets) {
+            for (sequence, targets) in sequences.into_iter().zip(targets).skip(sealed as usize) {
                 let bytes = self.text_bytes(&sequence);
                 writer.push(sequence, targets, bytes)?;
             }
-            progress.advance(count * seq_len);
+            progress.advance((count - sealed) * seq_len);
+            sealed = 0;
             if self.options.stop_requested() {
                 return Err(Error::Interrupted { saved: self.inputs.plan.cache_dir.join(split) });
             }

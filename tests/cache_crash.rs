@@ -201,8 +201,26 @@ fn going_on_with_other_settings_is_refused_naming_both_sides() {
     assert_eq!(
         message(|other| other.soft_targets.as_mut().unwrap().teacher.fingerprint = "new".into()),
         format!(
-            "the cache setting `soft_targets.teacher.fingerprint` differs: the unfinished cache {directory} has \
-             \"teacher-0123456789abcdef\", this run has \"new\"; {tip}"
+            "the teacher differs: the unfinished cache {directory} has `Scout`, fingerprint teacher-01234567..., this run \
+             has `Scout`, fingerprint new; use the teacher it was begun with, or delete {directory} to start afresh"
+        )
+    );
+    assert_eq!(
+        message(|other| {
+            other.tokenizer.fingerprint = "new".into();
+            other.data_fingerprint = "with the new tokenizer".into();
+        }),
+        format!(
+            "the tokenizer differs: the unfinished cache {directory} has 50 tokens, fingerprint tokenizer-012345..., this \
+             run has 50 tokens, fingerprint new; use the tokenizer it was begun with, or delete {directory} to start afresh"
+        )
+    );
+    assert_eq!(
+        message(|other| other.data_fingerprint = "new".into()),
+        format!(
+            "the data differs: the unfinished cache {directory} has fingerprint data-0123456789a..., this run has \
+             fingerprint new; restore the [data] section, the seed and the files it was begun with, or delete {directory} \
+             to start afresh"
         )
     );
     assert_eq!(
@@ -217,6 +235,29 @@ fn going_on_with_other_settings_is_refused_naming_both_sides() {
         message(|other| other.seq_len = 5),
         format!("the cache setting `seq_len` differs: the finished cache {directory} has 4, this run has 5; {tip}")
     );
+}
+
+#[test]
+fn a_start_that_sealed_nothing_binds_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut other = small();
+    other.soft_targets.as_mut().unwrap().teacher.fingerprint = "a broken teacher".into();
+    drop(CacheWriter::create_or_resume(folder.path(), other).unwrap());
+    write(folder.path(), &small(), COUNT);
+    assert_eq!(files(folder.path()), undisturbed().0);
+}
+
+#[test]
+fn a_teacher_whose_folder_was_renamed_is_the_same_teacher() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path(), small()).unwrap();
+    (0..4).for_each(|number| push(&mut writer, number));
+    drop(writer);
+    let mut renamed = small();
+    renamed.soft_targets.as_mut().unwrap().teacher.name = "Scout-moved".into();
+    write(folder.path(), &renamed, COUNT);
+    assert_eq!(files(folder.path()), undisturbed().0);
+    assert!(CacheWriter::create_or_resume(folder.path(), renamed).unwrap().is_finished());
 }
 
 #[test]

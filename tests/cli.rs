@@ -1,8 +1,13 @@
 //! The command line: its words, its exit codes, and which of its two streams says what.
 
+mod small_run;
+
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use limbeck::models::llama4::Llama4Config;
 use limbeck::recipe::Recipe;
+use limbeck::tokenizer::train_byte_level_bpe;
 
 struct Outcome {
     code: i32,
@@ -23,10 +28,7 @@ fn limbeck(arguments: &[&str]) -> Outcome {
     }
 }
 
-/// A recipe whose files are all there.
-const RECIPE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/quickstart/teacher.toml");
-
-const WITHOUT_ITS_MODELS: &str = r#"name = "cli"
+const RECIPE: &str = r#"name = "cli"
 [data]
 sources = [{ path = "text.txt" }]
 tokens = "100k"
@@ -45,6 +47,21 @@ batch_tokens = 1024
 micro_batch_tokens = 512
 lr = { schedule = "cosine", from = 3e-3, warmup = 50 }
 "#;
+
+/// A fresh directory with a recipe, and the text and teacher it names.
+fn with_recipe() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::write(path("text.txt"), "The still warms, the retort cools.\n").unwrap();
+    let text = std::fs::read_to_string(path("text.txt"));
+    let tokenizer = train_byte_level_bpe(text.into_iter().map(Ok), 256, &[], &path("tokenizer")).unwrap();
+    let teacher = Llama4Config { max_position_embeddings: 128, ..small_run::scout(2, tokenizer.vocab_size()) };
+    small_run::write_random(teacher, &path("teacher"), 5);
+    std::fs::copy(tokenizer.path(), path("teacher/tokenizer.json")).unwrap();
+    let recipe = path("recipe-under-test.toml");
+    std::fs::write(&recipe, RECIPE).unwrap();
+    (folder, recipe)
+}
 
 #[test]
 fn every_command_explains_itself() {
@@ -104,21 +121,22 @@ fn a_wrong_command_line_exits_2_and_says_so_on_stderr() {
 
 #[test]
 fn a_wrong_recipe_exits_2_with_one_line_on_stderr() {
-    let folder = tempfile::tempdir().unwrap();
+    let (folder, recipe) = with_recipe();
+    let recipe = recipe.to_str().unwrap();
     let missing = folder.path().join("none.toml");
     let missing = missing.to_str().unwrap();
     let cases: [(&[&str], String); 6] = [
         (&["distill", missing, "--dry-run"], format!("error: {missing}: no such recipe; check the path\n")),
         (
-            &["distill", RECIPE, "--dry-run", "--set", "cache.topk=3"],
-            format!("error: {RECIPE}: --set cache.topk=3: `topk` is not a key of [cache]; did you mean `top_k`?\n"),
+            &["distill", recipe, "--dry-run", "--set", "cache.topk=3"],
+            format!("error: {recipe}: --set cache.topk=3: `topk` is not a key of [cache]; did you mean `top_k`?\n"),
         ),
         (
-            &["precompute-teacher-logits", RECIPE, "--dry-run", "--set", "top_k"],
+            &["precompute-teacher-logits", recipe, "--dry-run", "--set", "top_k"],
             "error: `--set top_k` is not an override; use `--set section.key=value`\n".to_string(),
         ),
         (
-            &["evaluate", RECIPE, "--dry-run", "--device", "gpu"],
+            &["evaluate", recipe, "--dry-run", "--device", "gpu"],
             "error: `--device gpu` names no device; use `cpu`, `cuda`, `cuda:N`, `wgpu` or `tch`\n".to_string(),
         ),
         (
@@ -156,9 +174,11 @@ fn a_directory_that_is_nothing_exits_1() {
 
 #[test]
 fn a_run_directory_is_found_by_its_frozen_recipe() {
-    let run_dir = tempfile::tempdir().unwrap();
-    std::fs::write(run_dir.path().join("recipe.toml"), Recipe::load(RECIPE, &[]).unwrap().to_toml()).unwrap();
-    let path = run_dir.path().to_str().unwrap();
+    let (folder, recipe) = with_recipe();
+    let run_dir = folder.path().join("run");
+    std::fs::create_dir(&run_dir).unwrap();
+    std::fs::write(run_dir.join("recipe.toml"), Recipe::load(recipe, &[]).unwrap().to_toml()).unwrap();
+    let path = run_dir.to_str().unwrap();
     let outcome = limbeck(&["evaluate", path, "--dry-run"]);
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     assert!(outcome.stdout.contains(&format!("run         {path}, on cpu\n")), "{}", outcome.stdout);
@@ -173,7 +193,8 @@ fn a_run_directory_is_found_by_its_frozen_recipe() {
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_device_this_build_lacks_is_refused_with_the_way_to_get_it() {
-    let outcome = limbeck(&["distill", RECIPE, "--device", "cuda", "--dry-run"]);
+    let (_folder, recipe) = with_recipe();
+    let outcome = limbeck(&["distill", recipe.to_str().unwrap(), "--device", "cuda", "--dry-run"]);
     assert_eq!(outcome.code, 2);
     assert_eq!(
         outcome.stderr,
@@ -184,21 +205,22 @@ fn a_device_this_build_lacks_is_refused_with_the_way_to_get_it() {
 
 #[test]
 fn a_dry_run_prints_the_plan_on_stdout_and_writes_nothing() {
-    let folder = tempfile::tempdir().unwrap();
+    let (folder, recipe) = with_recipe();
     let run_dir = folder.path().join("run");
-    let outcome = limbeck(&["distill", RECIPE, "--run-dir", run_dir.to_str().unwrap(), "--dry-run"]);
+    let arguments = ["distill", recipe.to_str().unwrap(), "--run-dir", run_dir.to_str().unwrap(), "--dry-run"];
+    let outcome = limbeck(&arguments);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
-    let root = env!("CARGO_MANIFEST_DIR");
-    let plan = outcome.stdout.replace(folder.path().to_str().unwrap(), "/runs").replace(root, "/limbeck");
+    let root = folder.path().canonicalize().unwrap();
+    let plan =
+        outcome.stdout.replace(folder.path().to_str().unwrap(), "/runs").replace(root.to_str().unwrap(), "/runs");
     insta::assert_snapshot!("dry_run", plan);
     assert!(!run_dir.exists());
 }
 
 #[test]
-fn inspect_shows_the_plan_of_a_recipe_and_warns_of_what_is_missing() {
-    let folder = tempfile::tempdir().unwrap();
-    let recipe = folder.path().join("recipe-under-test.toml");
-    std::fs::write(&recipe, WITHOUT_ITS_MODELS).unwrap();
+fn inspect_of_a_recipe_whose_models_are_missing_warns_of_them() {
+    let (folder, recipe) = with_recipe();
+    std::fs::remove_dir_all(folder.path().join("teacher")).unwrap();
     let outcome = limbeck(&["inspect", recipe.to_str().unwrap(), "--set", "run.dir=run"]);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
     let root = folder.path().canonicalize().unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::DAMAGED;
 use super::codec::{Block, Shape};
-use super::manifest::{Counts, MANIFEST_FILE, Manifest, ShardRecord};
+use super::manifest::{Counts, MANIFEST_FILE, Manifest, ShardRecord, short};
 use super::progress::{PROGRESS_FILE, Position, Progress};
 use super::rows::{self, Problem};
 use super::settings::CacheSettings;
@@ -33,7 +33,8 @@ enum State {
 impl CacheWriter {
     /// Begins a cache in `directory`, or goes on with the one that was begun there with equal settings.
     ///
-    /// What a crash left behind (temporary files, shards that were not listed yet) is removed.
+    /// What a crash left behind (temporary files, shards that were not listed yet) is removed. A cache that was begun
+    /// and has no sealed shard yet takes on the new settings.
     ///
     /// # Errors
     /// [`Error::Usage`] for impossible settings; [`Error::Mismatch`] when the cache there was begun with others;
@@ -49,8 +50,13 @@ impl CacheWriter {
             State::Finished(manifest)
         } else if begun {
             let progress = Progress::open(&directory)?;
-            same_settings(&directory, "the unfinished cache", &progress.settings, &settings)?;
-            State::Unfinished(progress)
+            if progress.shards.is_empty() && progress.settings.first_difference(&settings).is_some() {
+                // Nothing is lost: who mends a teacher or a text after a failed start is not held to that start.
+                State::Unfinished(Progress::begin(&directory, settings.clone())?)
+            } else {
+                same_settings(&directory, "the unfinished cache", &progress.settings, &settings)?;
+                State::Unfinished(progress)
+            }
         } else {
             if shard_files(&shards)?.iter().any(|name| !name.ends_with(TEMPORARY)) {
                 return Err(Error::file(
@@ -271,14 +277,36 @@ pub(crate) fn check_length(directory: &Path, record: &ShardRecord) -> Result<()>
 
 fn same_settings(directory: &Path, name: &str, theirs: &CacheSettings, ours: &CacheSettings) -> Result<()> {
     let Some((setting, left, right)) = theirs.first_difference(ours) else { return Ok(()) };
+    let teacher = |settings: &CacheSettings| {
+        settings.soft_targets.as_ref().map_or("none".into(), |soft_targets| {
+            format!("`{}`, fingerprint {}", soft_targets.teacher.name, short(&soft_targets.teacher.fingerprint))
+        })
+    };
+    let tokenizer = |settings: &CacheSettings| {
+        format!("{} tokens, fingerprint {}", settings.tokenizer.vocab_size, short(&settings.tokenizer.fingerprint))
+    };
+    let data = |settings: &CacheSettings| format!("fingerprint {}", short(&settings.data_fingerprint));
+    let (what, left, right, way_out) = match setting.as_str() {
+        "tokenizer.fingerprint" => {
+            ("the tokenizer".into(), tokenizer(theirs), tokenizer(ours), "use the tokenizer it was begun with")
+        }
+        "soft_targets.teacher.fingerprint" => {
+            ("the teacher".into(), teacher(theirs), teacher(ours), "use the teacher it was begun with")
+        }
+        "data_fingerprint" => {
+            let way_out = "restore the [data] section, the seed and the files it was begun with";
+            ("the data".into(), data(theirs), data(ours), way_out)
+        }
+        _ => (format!("the cache setting `{setting}`"), left, right, "run with the settings it was begun with"),
+    };
     let directory = directory.display();
     Err(Error::Mismatch {
-        what: format!("the cache setting `{setting}`"),
+        what,
         left_name: format!("{name} {directory}"),
         left,
         right_name: "this run".into(),
         right,
-        tip: format!("run with the settings it was begun with, or delete {directory} to start afresh"),
+        tip: format!("{way_out}, or delete {directory} to start afresh"),
     })
 }
 

@@ -86,6 +86,18 @@ impl DataConfig {
         Ok(Split::find(&self.held_out, self.seed, &sources, tokenizer)?.fixed(&self.held_out))
     }
 
+    /// Whether every source is there and can be opened, held-out ones too. Reads no text.
+    ///
+    /// # Errors
+    /// A source that does not exist, is of an unknown kind or contradicts itself, and nonsensical settings.
+    pub fn check_files(&self) -> Result<()> {
+        self.open()?;
+        if let HeldOut::Sources(sources) = &self.held_out {
+            open_all(sources, CHUNK_BYTES)?;
+        }
+        Ok(())
+    }
+
     fn open(&self) -> Result<Vec<OpenSource>> {
         if self.seq_len == 0 {
             return Err(Error::usage("`seq_len` is 0", "a sequence predicts at least one token; 512 is a usual start"));

@@ -40,7 +40,7 @@ pub enum Tail {
 }
 
 /// Settings of a [`DistillLoss`].
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct DistillLossConfig {
     pub divergence: Divergence,
     pub tail: Tail,
@@ -120,6 +120,10 @@ impl LossOutput {
 }
 
 impl DistillLoss {
+    pub fn config(&self) -> &DistillLossConfig {
+        &self.config
+    }
+
     /// From the student's hidden states.
     ///
     /// # Shapes

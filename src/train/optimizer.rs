@@ -8,6 +8,8 @@ use limbeck_kernels::{
     norms::sum_of_squares,
 };
 
+use serde::Serialize;
+
 use crate::{
     checkpoint::TrainState,
     error::{Error, Result},
@@ -15,7 +17,7 @@ use crate::{
 };
 
 /// Settings of the optimizer.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OptimizerConfig {
     pub betas: [f64; 2],
     pub eps: f64,

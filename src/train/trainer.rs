@@ -78,6 +78,8 @@ pub type Evaluate<'a> = Box<dyn FnMut(&Decoder) -> Result<EvalMetrics> + 'a>;
 /// A model in training.
 pub struct Trainer {
     config: TrainConfig,
+    /// What must not change between the parts of one run.
+    identity: serde_json::Value,
     model: Decoder,
     loss: DistillLoss,
     optimizer: Optimizer,
@@ -92,6 +94,7 @@ impl Trainer {
     /// A fresh run of a model whose weights are tracked, over `sequence_count` sequences.
     pub fn new(config: TrainConfig, model: Decoder, loss: DistillLoss, sequence_count: u64) -> Self {
         Trainer {
+            identity: identity(&config, &model, &loss),
             optimizer: Optimizer::new(config.optimizer.clone()),
             balance: LoadBalance::default(),
             order: SequenceOrder::new(config.seed, sequence_count),
@@ -104,21 +107,21 @@ impl Trainer {
     }
 
     /// Goes on from the latest checkpoint in `dir`, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when anything that decides the weights is not as it was; micro-batches may change.
     pub fn resume(mut self, dir: &std::path::Path, device: &Device) -> Result<Self> {
         let Some((step, path)) = latest_checkpoint(dir)? else { return Ok(self) };
         let mut state = TrainState::load(&path)?;
-        for (key, mine) in self.identity().as_object().expect("an object") {
-            let theirs = &state.values["run"][key];
-            if theirs != mine {
-                return Err(Error::Mismatch {
-                    what: format!("`{key}` of the run"),
-                    left_name: path.display().to_string(),
-                    left: theirs.to_string(),
-                    right_name: "this run".into(),
-                    right: mine.to_string(),
-                    tip: "go back to the settings the run began with, or start afresh with another --run-dir".into(),
-                });
-            }
+        if let Some((key, theirs, mine)) = first_difference("", &state.values["run"], &self.identity) {
+            return Err(Error::Mismatch {
+                what: format!("`{key}` of the run"),
+                left_name: path.display().to_string(),
+                left: theirs,
+                right_name: "this run".into(),
+                right: mine,
+                tip: "go back to the settings the run began with, or start afresh with another --run-dir".into(),
+            });
         }
         self.model = Decoder::open(&path, device)?;
         let inner = device.clone().inner();
@@ -128,18 +131,6 @@ impl Trainer {
         (self.step, self.tokens_seen) = (step, state.tokens_seen);
         tracing::info!("{}: going on from {}", self.config.arm, path.display());
         Ok(self)
-    }
-
-    /// What must not change between the parts of one run.
-    fn identity(&self) -> serde_json::Value {
-        let config = &self.config;
-        json!({
-            "arm": config.arm,
-            "data": config.data,
-            "seed": config.seed.to_string(),
-            "steps": config.steps,
-            "sequences_per_step": config.sequences_per_step,
-        })
     }
 
     pub fn step_count(&self) -> u64 {
@@ -224,6 +215,7 @@ impl Trainer {
     pub fn run(&mut self, source: &dyn TargetSource, mut output: TrainOutput<'_>) -> Result<()> {
         // Metrics are numbered by steps done, so those up to the checkpoint stay.
         let resumed = (self.step > 0).then_some(self.step + 1);
+        std::fs::create_dir_all(&output.dir).map_err(Error::io(&output.dir))?;
         let mut metrics = MetricsWriter::open(&output.metrics, &self.config.arm, resumed)?;
         let mut progress = Some(output.progress.starting_at(self.tokens_in(self.step, source)));
         let mut saved = self.step;
@@ -279,7 +271,7 @@ impl Trainer {
         let mut state = TrainState {
             step: self.step,
             tokens_seen: self.tokens_seen,
-            values: json!({ "run": self.identity(), "expert_shares": self.balance.shares() }),
+            values: json!({ "run": self.identity, "expert_shares": self.balance.shares() }),
             tensors: Default::default(),
         };
         self.optimizer.save(&mut state);
@@ -291,6 +283,39 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// Everything that decides the weights, but how a step is cut into micro-batches.
+fn identity(config: &TrainConfig, model: &Decoder, loss: &DistillLoss) -> serde_json::Value {
+    json!({
+        "arm": config.arm,
+        "data": config.data,
+        "seed": config.seed.to_string(),
+        "steps": config.steps,
+        "sequences_per_step": config.sequences_per_step,
+        "learning_rate": config.learning_rate,
+        "optimizer": config.optimizer,
+        "router_aux_weight": config.router_aux_weight,
+        "loss": loss.config(),
+        "student": model.config.json,
+    })
+}
+
+/// The first value of `mine` that `theirs` has otherwise: its dotted name and both values. Keys that one side lacks
+/// say nothing.
+fn first_difference(
+    name: &str,
+    theirs: &serde_json::Value,
+    mine: &serde_json::Value,
+) -> Option<(String, String, String)> {
+    if let (Some(theirs), Some(mine)) = (theirs.as_object(), mine.as_object()) {
+        return mine.iter().find_map(|(key, mine)| {
+            let inner = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
+            first_difference(&inner, theirs.get(key)?, mine)
+        });
+    }
+    let text = |value: &serde_json::Value| value.as_str().map_or(value.to_string(), String::from);
+    (theirs != mine).then(|| (name.to_string(), text(theirs), text(mine)))
 }
 
 /// How a model is written.

@@ -132,6 +132,11 @@ impl Llama4Config {
             })
         });
         let temperature = self.temperature.unwrap_or(AttentionTemperature { scale: 0.1, floor_scale: 8192.0 });
+        // Readers that check types want a whole number here.
+        let floor_scale = match temperature.floor_scale {
+            whole if whole.fract() == 0.0 => json!(whole as u64),
+            other => json!(other),
+        };
         let eos = match self.eos_token_ids.as_slice() {
             [] => Value::Null,
             [one] => json!(one),
@@ -148,7 +153,7 @@ impl Llama4Config {
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos,
             "pad_token_id": null,
-            "floor_scale": temperature.floor_scale,
+            "floor_scale": floor_scale,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
