@@ -40,7 +40,7 @@ struct Golden(SafetensorsFile);
 
 impl Golden {
     fn open(name: &str, file: &str) -> Self {
-        Golden(read_safetensors(&fixture(name).join(file)).unwrap())
+        Golden(read_safetensors(fixture(name).join(file)).unwrap())
     }
 
     fn shape(&self, key: &str) -> Vec<usize> {
@@ -193,7 +193,7 @@ fn packed_documents_give_what_each_gives_alone() {
 fn one_layer_can_be_loaded_and_run_alone() {
     let name = "llama4/maverick_tiny";
     let golden = Golden::open(name, "golden.safetensors");
-    let reader = CheckpointReader::open(&fixture(name)).unwrap();
+    let reader = CheckpointReader::open(fixture(name)).unwrap();
     let config = read_config(&fixture(name).join("config.json"), reader.config()).unwrap();
     let length = golden.shape("input_ids")[1];
     let layout = TokenLayout::of_documents(&config, golden.tokens("input_ids"), length);

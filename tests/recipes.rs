@@ -531,3 +531,11 @@ fn the_plan_keeps_the_held_out_share_for_later_runs_of_the_same_data() {
     std::fs::write(folder.path().join("run/plan.json"), "{").unwrap();
     assert_eq!(Inputs::open(&recipe, &options).unwrap().data.held_out, HeldOut::Tokens(300));
 }
+
+#[test]
+fn held_out_text_needs_targets_at_temperature_one() {
+    let overrides = ["data.held_out=1%", "cache.temperatures=[2.0]", "loss.temperature=2.0"];
+    let message = mistake(SMALL, &overrides);
+    assert!(message.contains("`cache.temperatures` lacks 1.0, at which held-out text is compared"), "{message}");
+    parse(SMALL, &["data.held_out=1%", "cache.temperatures=[1.0, 2.0]", "loss.temperature=2.0"]).unwrap();
+}

@@ -1,7 +1,8 @@
 //! Tensor operations of limbeck. Knows tensors, not recipes, caches or models.
 //!
 //! Each operation has a plain-tensor form that runs on any burn backend, and a form over host slices with a
-//! hand-written derivative that runs on burn's `flex`. [`oracle`] holds the f64 loops both are compared to.
+//! hand-written derivative that runs on burn's `flex`; the two are compared in value and gradient. [`oracle`] holds f64
+//! loops for what a loss is made of: softmax, top-k, cross-entropy and divergences.
 //!
 //! Shape letters: N tokens, D width, V vocabulary, K kept ids, E groups (experts).
 

@@ -93,9 +93,10 @@ mod tests {
         let logits: Vec<f64> = (0..12).map(|i| ((i * 53) % 13) as f64 * 0.3 - 1.0).collect();
         for (k, temperature) in [(1, 1.0), (4, 1.0), (4, 2.5), (12, 1.0)] {
             let teacher = top_k(&teacher_logits, k, 5, temperature);
-            let losses: [&dyn Fn(&[f64]) -> RowLoss; 2] =
-                [&|z| forward_kl(z, &teacher, temperature), &|z| hard_cross_entropy(z, 5)];
-            for loss in losses {
+            type Loss<'a> = &'a dyn Fn(&[f64]) -> RowLoss;
+            let soft: Loss = &|z| forward_kl(z, &teacher, temperature);
+            let hard: Loss = &|z| hard_cross_entropy(z, 5);
+            for loss in [soft, hard] {
                 let grad = loss(&logits).logits_grad;
                 for v in 0..logits.len() {
                     let shifted = |by: f64| {

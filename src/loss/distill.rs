@@ -199,7 +199,8 @@ impl DistillLoss {
     }
 }
 
-fn scalar(tensor: &Tensor<1>) -> f64 {
+/// The number in a tensor of one element.
+pub fn scalar(tensor: &Tensor<1>) -> f64 {
     tensor.clone().detach().into_data().convert::<f64>().try_into_vec::<f64>().expect("converted to f64")[0]
 }
 

@@ -20,8 +20,8 @@ use crate::error::Result;
 
 #[derive(Debug, Clone)]
 pub enum FeedForward {
-    Dense(Mlp),
-    Experts(Experts),
+    Dense(Box<Mlp>),
+    Experts(Box<Experts>),
 }
 
 /// `down(silu(gate x) * up x)`; weights `[out, in]`.
@@ -77,9 +77,9 @@ impl FeedForward {
         let block = format!("{prefix}{}", block_name(config.names));
         match *layer {
             FeedForwardConfig::Dense { width } => {
-                Ok(FeedForward::Dense(Mlp::load(hidden, width, &block, source, device)?))
+                Ok(FeedForward::Dense(Box::new(Mlp::load(hidden, width, &block, source, device)?)))
             }
-            FeedForwardConfig::Experts { width, expert_count, chosen } => Ok(FeedForward::Experts(Experts {
+            FeedForwardConfig::Experts { width, expert_count, chosen } => Ok(FeedForward::Experts(Box::new(Experts {
                 router: load(source, &format!("{block}router.weight"), [expert_count, hidden], device)?,
                 gate_up: load(
                     source,
@@ -90,7 +90,7 @@ impl FeedForward {
                 down: load(source, &format!("{block}experts.down_proj"), [expert_count, width, hidden], device)?,
                 shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), source, device)?,
                 chosen,
-            })),
+            }))),
         }
     }
 

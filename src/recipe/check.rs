@@ -153,6 +153,10 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
                 let problem = "is `bf16`, which this version cannot compute in";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
             }
+            if !recipe.data.held_out.is_none() && !cache.temperatures.contains(&1.0) {
+                let problem = "lacks 1.0, at which held-out text is compared with the teacher";
+                return Err(recipe.error("cache.temperatures", problem, "add 1.0"));
+            }
             recipe.positive("teacher.batch_tokens", teacher.batch_tokens)
         }
         None if recipe.has_control() => Err(recipe.error(

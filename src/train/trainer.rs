@@ -27,7 +27,7 @@ use crate::{
         latest_checkpoint,
     },
     error::{Error, Result},
-    loss::DistillLoss,
+    loss::{DistillLoss, distill::scalar},
     models::{Decoder, TokenLayout},
     schedule::LearningRate,
     targets::TargetSource,
@@ -151,7 +151,7 @@ impl Trainer {
         let began = Instant::now();
         let config = &self.config;
         let numbers = self.order.take(self.step * config.sequences_per_step, config.sequences_per_step);
-        let (mut soft_sum, mut hard_sum, mut aux_sum, mut token_count) = (None, 0.0, None, 0);
+        let (mut loss_sum, mut soft_sum, mut hard_sum, mut aux_sum, mut token_count) = (0.0, None, 0.0, None, 0);
         let mut weights = None;
         for numbers in numbers.chunks(config.sequences_per_micro_batch.max(1) as usize) {
             let batch = source.read(numbers)?;
@@ -160,8 +160,7 @@ impl Trainer {
             let output = self.loss.forward(self.step, hidden, self.model.lm_head(), &batch)?;
             let mut sum = output.sum;
             if let Some(aux) = self.balance.gather(&routings) {
-                let value = aux.clone().detach().into_data().convert::<f64>();
-                *aux_sum.get_or_insert(0.0) += value.try_into_vec::<f64>().expect("converted to f64")[0];
+                *aux_sum.get_or_insert(0.0) += scalar(&aux);
                 if config.router_aux_weight != 0.0 {
                     sum = sum + aux * config.router_aux_weight;
                 }
@@ -172,12 +171,13 @@ impl Trainer {
             hard_sum += output.hard_sum;
             token_count += output.token_count;
             weights = Some(output.weights);
+            loss_sum += scalar(&sum);
             self.optimizer.gather(&mut self.model, sum.backward());
         }
         let count = token_count.max(1) as f64;
         let weights = weights.expect("a step has at least one sequence");
         let (soft, hard, aux) = (soft_sum.map(|sum| sum / count), hard_sum / count, aux_sum.map(|sum| sum / count));
-        let loss = weights.soft * soft.unwrap_or(0.0) + weights.hard * hard;
+        let loss = loss_sum / count;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
                 what: format!("the loss of step {}", self.step + 1),
