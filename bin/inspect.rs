@@ -20,12 +20,24 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     if !is_recipe && !args.set.is_empty() {
         return Err(Error::usage(format!("{} is not a recipe", path.display()), "use --set with recipes only"));
     }
+    let is_cache = !is_recipe && (holds("manifest.json") || holds("train/manifest.json"));
+    if args.verify && !is_cache {
+        let problem = format!("{} is not a cache", path.display());
+        return Err(Error::usage(problem, "use --verify with caches only: the `cache` folder of a run, for example"));
+    }
+    if args.tensors && (is_recipe || is_cache) {
+        let problem = format!("{} is not a checkpoint", path.display());
+        return Err(Error::usage(
+            problem,
+            "use --tensors with checkpoints only: a step in a run's `checkpoints` folder",
+        ));
+    }
     if is_recipe {
         let (file, run_dir) =
             if path.is_file() { (path.clone(), None) } else { (path.join("recipe.toml"), Some(path.clone())) };
         let recipe = Recipe::load(file, &args.set)?;
         print(&plan(&recipe, &RunOptions { run_dir, ..RunOptions::default() })?.to_string())
-    } else if holds("manifest.json") || holds("train/manifest.json") {
+    } else if is_cache {
         inspect_cache::run(args)
     } else if holds("config.json") {
         inspect_checkpoint::run(args)

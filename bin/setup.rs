@@ -53,7 +53,10 @@ pub fn stop_on_ctrl_c(stop: &Arc<AtomicBool>) -> Result<()> {
     let stop = stop.clone();
     let handler = move || {
         if stop.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            eprintln!(
+                "error: stopped before the state was saved; the same command goes on from what was saved earlier"
+            );
+            std::process::exit(1);
         }
         eprintln!("stopping as soon as the state is saved; press Ctrl-C again to stop at once");
     };

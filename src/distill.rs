@@ -16,6 +16,7 @@ use crate::{
     loss::{DistillLossConfig, Weighting},
     models::{Decoder, RandomWeights},
     precompute::{self, Caches},
+    progress::{Progress, Unit},
     recipe::Recipe,
     run::RunOptions,
     targets::TargetSource,
@@ -23,7 +24,6 @@ use crate::{
         TrainConfig, TrainOutput, Trainer,
         metrics::{EvalMetrics, read_metrics},
         optimizer::OptimizerConfig,
-        progress::{Progress, Unit},
     },
 };
 

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use crate::{
     checkpoint::CheckpointReader,
     data::{DataConfig, HeldOut},
+    durable,
     error::{Error, Result},
     models::{DecoderConfig, read_config},
     recipe::{ModelSize, Plan, Recipe},
     run::RunOptions,
     tokenizer::Tokenizer,
-    train::metrics::write_whole,
 };
 
 const RECIPE_FILE: &str = "recipe.toml";
@@ -75,8 +75,8 @@ impl Inputs {
     pub fn freeze(&self) -> Result<()> {
         let dir = &self.plan.run_dir;
         std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        write_whole(&dir.join(RECIPE_FILE), self.plan.recipe.to_toml().as_bytes())?;
-        write_whole(&dir.join(PLAN_FILE), self.plan.to_json().as_bytes())
+        durable::write_bytes(&dir.join(RECIPE_FILE), self.plan.recipe.to_toml().as_bytes())?;
+        durable::write_bytes(&dir.join(PLAN_FILE), self.plan.to_json().as_bytes())
     }
 
     /// Whether the text is there, which only filling a cache needs.

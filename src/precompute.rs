@@ -14,11 +14,11 @@ use crate::{
     error::{Error, Result},
     inputs::Inputs,
     models::{Decoder, parameter::CheckpointWeights},
+    progress::{Progress, Unit},
     recipe::Recipe,
     run::RunOptions,
     targets::{PackedSequence, TargetSource},
     teacher::ResidentTeacher,
-    train::progress::{Progress, Unit},
 };
 
 /// The finished caches of a run.

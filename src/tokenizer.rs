@@ -7,10 +7,10 @@
 //! [`Tokenizer::encode`] reads `<|end_of_text|>` in a prompt as the special token, as `transformers` does;
 //! [`Tokenizer::encode_document`] reads everything as plain text, and is what training data goes through.
 
+use crate::durable;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
@@ -456,20 +456,11 @@ pub fn train_byte_level_bpe(
     });
     settings.as_object_mut().expect("written as an object").extend(named.clone());
     fs::create_dir_all(out_dir).map_err(Error::io(out_dir))?;
-    write_whole(&out_dir.join("tokenizer_config.json"), &format!("{settings:#}\n"))?;
-    write_whole(&out_dir.join("special_tokens_map.json"), &format!("{:#}\n", Value::Object(named)))?;
+    durable::write_bytes(&out_dir.join("tokenizer_config.json"), format!("{settings:#}\n").as_bytes())?;
+    durable::write_bytes(&out_dir.join("special_tokens_map.json"), format!("{:#}\n", Value::Object(named)).as_bytes())?;
     // Last, so that a folder with a tokenizer.json is a finished one.
-    write_whole(&out_dir.join("tokenizer.json"), &format!("{whole}\n"))?;
+    durable::write_bytes(&out_dir.join("tokenizer.json"), format!("{whole}\n").as_bytes())?;
     Tokenizer::open(out_dir)
-}
-
-/// Writes under a temporary name, syncs and renames, so that no half-written file is ever under its own name.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let temporary = path.with_extension("json.partial");
-    let mut file = fs::File::create(&temporary).map_err(Error::io(&temporary))?;
-    file.write_all(text.as_bytes()).map_err(Error::io(&temporary))?;
-    file.sync_all().map_err(Error::io(&temporary))?;
-    fs::rename(&temporary, path).map_err(Error::io(path))
 }
 
 fn one_line(source: &tokenizers::Error) -> String {

@@ -173,6 +173,19 @@ fn a_directory_that_is_nothing_exits_1() {
 }
 
 #[test]
+fn inspect_refuses_flags_that_would_do_nothing() {
+    let (folder, recipe) = with_recipe();
+    let recipe = recipe.to_str().unwrap();
+    for (flag, problem) in [("--verify", "is not a cache"), ("--tensors", "is not a checkpoint")] {
+        let outcome = limbeck(&["inspect", recipe, flag]);
+        assert_eq!(outcome.code, 2, "{}", outcome.stderr);
+        assert!(outcome.stderr.contains(&format!("{recipe} {problem}; use {flag} with")), "{}", outcome.stderr);
+        assert_eq!(outcome.stdout, "");
+    }
+    drop(folder);
+}
+
+#[test]
 fn a_run_directory_is_found_by_its_frozen_recipe() {
     let (folder, recipe) = with_recipe();
     let run_dir = folder.path().join("run");

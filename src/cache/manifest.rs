@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::DAMAGED;
 use super::settings::{CacheSettings, Selection};
-use super::shard::{self, write_atomically};
+use super::shard;
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// Name of the manifest in a cache directory.
@@ -130,7 +131,7 @@ impl Manifest {
         let mut bytes = self.bytes_before_root();
         bytes.extend_from_slice(self.root.as_bytes());
         bytes.extend_from_slice(AFTER_ROOT);
-        write_atomically(&self.directory.join(MANIFEST_FILE), &bytes)
+        durable::write_bytes(&self.directory.join(MANIFEST_FILE), &bytes)
     }
 
     /// Reads and checks the manifest of the cache in `directory`, without looking at its shards.

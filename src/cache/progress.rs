@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::{FORMAT, FORMAT_VERSION, PROGRAM, ShardRecord, check_records};
 use super::settings::CacheSettings;
-use super::shard::write_atomically;
+use crate::durable;
 use crate::error::{Error, Result};
 
 pub(crate) const PROGRESS_FILE: &str = "progress.log";
@@ -79,7 +79,7 @@ impl Progress {
             Beginning { format: FORMAT.into(), format_version: FORMAT_VERSION, program: PROGRAM.into(), settings };
         let path = directory.join(PROGRESS_FILE);
         let bytes = line(&beginning);
-        write_atomically(&path, &bytes)?;
+        durable::write_bytes(&path, &bytes)?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io(&path))?;
         let length = bytes.len() as u64;
         Ok(Progress { path, file, length, settings: beginning.settings, shards: vec![], position: None })

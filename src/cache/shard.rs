@@ -8,17 +8,17 @@ use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use safetensors::Dtype;
 use serde::Deserialize;
 
 use super::codec::Codec;
 use super::manifest::{FORMAT, FORMAT_VERSION};
+use crate::durable;
 use crate::error::{Error, Result};
 
 pub(crate) const SHARD_FOLDER: &str = "shards";
-pub(crate) const TEMPORARY: &str = "tmp";
 
 /// Name of a shard's file, relative to the cache directory.
 pub(crate) fn file_name(number: usize) -> String {
@@ -75,7 +75,7 @@ pub(crate) fn write(
     tensors: &[TensorBytes<'_>],
 ) -> Result<(u64, blake3::Hash)> {
     let path = directory.join(file_name(number));
-    let temporary = temporary_name(&path);
+    let temporary = durable::temporary_path(&path);
     // A crash's leftovers were removed when the cache was opened, so a file of this name has a living owner.
     let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary).map_err(|error| {
         if error.kind() == std::io::ErrorKind::AlreadyExists {
@@ -101,38 +101,8 @@ pub(crate) fn write(
         let _ = fs::remove_file(&temporary);
         Error::io(&path)(error)
     })?;
-    sync_folder(&directory.join(SHARD_FOLDER))?;
+    durable::sync_directory(&directory.join(SHARD_FOLDER))?;
     Ok(sealed)
-}
-
-pub(crate) fn temporary_name(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".");
-    name.push(TEMPORARY);
-    name.into()
-}
-
-/// Replaces a small file: after a crash it has either its old content or the new.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = temporary_name(path);
-    let write = || -> std::io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(Error::io(path))?;
-    sync_folder(path.parent().unwrap_or(Path::new(".")))
-}
-
-/// Makes the names in a folder survive a power failure.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    // Only Unix opens folders as files; elsewhere a rename is journalled by the file system alone.
-    if cfg!(unix) {
-        File::open(folder).and_then(|file| file.sync_all()).map_err(Error::io(folder))?;
-    }
-    Ok(())
 }
 
 /// A shard mapped into memory.

@@ -9,7 +9,8 @@ use super::manifest::{Counts, MANIFEST_FILE, Manifest, ShardRecord, short};
 use super::progress::{PROGRESS_FILE, Position, Progress};
 use super::rows::{self, Problem};
 use super::settings::CacheSettings;
-use super::shard::{self, SHARD_FOLDER, TEMPORARY, sync_folder, temporary_name};
+use super::shard::{self, SHARD_FOLDER};
+use crate::durable::{self, TEMPORARY};
 use crate::error::{Error, Result};
 use crate::targets::{PackedSequence, SparseTargets};
 
@@ -67,7 +68,7 @@ impl CacheWriter {
             }
             fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
             if let Some(parent) = directory.parent() {
-                sync_folder(parent)?;
+                durable::sync_directory(parent)?;
             }
             State::Unfinished(Progress::begin(&directory, settings.clone())?)
         };
@@ -192,7 +193,7 @@ impl CacheWriter {
         let manifest = Manifest::new(&self.directory, progress.settings, progress.shards)?;
         manifest.save()?;
         remove(&self.directory.join(PROGRESS_FILE))?;
-        sync_folder(&self.directory)?;
+        durable::sync_directory(&self.directory)?;
         Ok(manifest)
     }
 
@@ -240,7 +241,7 @@ impl CacheWriter {
     /// Removes what a crash left: temporary files, shards that were not listed yet, the log of a finished cache.
     fn discard_leftovers(&self) -> Result<()> {
         for name in [MANIFEST_FILE, PROGRESS_FILE] {
-            remove(&temporary_name(&self.directory.join(name)))?;
+            remove(&durable::temporary_path(&self.directory.join(name)))?;
         }
         if self.is_finished() {
             remove(&self.directory.join(PROGRESS_FILE))?;
@@ -321,7 +322,7 @@ fn shard_files(shards: &Path) -> Result<Vec<String>> {
     for entry in entries {
         let name = entry.map_err(Error::io(shards))?.file_name();
         let Some(name) = name.to_str() else { continue };
-        let sealed = name.strip_suffix(&format!(".{TEMPORARY}")).unwrap_or(name);
+        let sealed = name.strip_suffix(TEMPORARY).unwrap_or(name);
         let number = sealed.strip_suffix(".safetensors");
         if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
             names.push(name.to_string());

@@ -5,7 +5,8 @@ use std::path::{Component, Path};
 
 use serde_json::{Value, json};
 
-use super::{INDEX_FILE, durable};
+use super::INDEX_FILE;
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// Tensor name to file name, as the index in `dir` says; every file is there.

@@ -21,7 +21,6 @@
 
 mod convert;
 mod dtype;
-mod durable;
 mod fingerprint;
 mod header;
 mod index;

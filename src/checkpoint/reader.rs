@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::dtype::TensorInfo;
 use super::safetensors_file::{SafetensorsFile, missing_tensor, read_safetensors};
-use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, durable, fingerprint, index};
+use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, fingerprint, index};
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// An open checkpoint: `config.json`, and the weights in `model.safetensors` or in the shards of

@@ -7,9 +7,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::convert;
 use super::dtype::{Dtype, byte_count};
 use super::header::{LENGTH_BYTES, METADATA};
-use super::{convert, durable};
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// What a file will hold under one name.

@@ -4,8 +4,8 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::durable::PARTIAL;
-use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, durable};
+use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
+use crate::durable::{self, PARTIAL};
 use crate::error::{Error, Result};
 
 const CHECKPOINTS: &str = "checkpoints";

@@ -7,9 +7,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::dtype::Dtype;
-use super::durable;
 use super::safetensors_file::read_safetensors;
 use super::safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};
+use crate::durable;
 use crate::error::{Error, Result};
 
 const NUMBERS_FILE: &str = "train_state.json";

@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::dtype::{Dtype, StoredDtype, byte_count};
 use super::safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};
-use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, convert, durable, index, steps};
+use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, convert, index, steps};
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// Size of a shard when the caller names none.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::eval::axis::{Axis, BOTTOM, HEIGHT, LARGEST, LEFT, RIGHT, TOP, WIDTH, bounds, short_number};
 use crate::eval::chart::{Legend, escape, figure, nothing, svg};
-use crate::eval::quantity::{percent, thousands};
+use crate::quantity::{percent, thousands};
 
 /// A matrix of shares by colour: each row is compared with the even share of its own row.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,6 +1,6 @@
 //! Where a number goes in a picture and how its axis is labelled.
 
-use crate::eval::quantity::thousands;
+use crate::quantity::thousands;
 
 /// Size of a picture, and the margins around its plot, in units of the picture.
 pub(super) const WIDTH: f64 = 480.0;

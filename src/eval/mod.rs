@@ -7,5 +7,4 @@ mod axis;
 pub mod chart;
 pub mod held_out;
 mod page;
-mod quantity;
 pub mod report;

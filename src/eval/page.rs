@@ -5,8 +5,8 @@
 use std::fmt::Write as _;
 
 use crate::eval::chart::{self, Color, HeatMap, HistogramChart, Level, LineChart, Series, Stroke, escape, smoothed};
-use crate::eval::quantity::{NONE, bytes, clock, decimal, percent, short_count, thousands};
 use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Report, Role, Winner};
+use crate::quantity::{NONE, clock, decimal, percent, short_bytes, short_count, thousands};
 
 const STYLE: &str = include_str!("page.css");
 
@@ -241,7 +241,7 @@ fn cache(page: &mut String, report: &Report) {
 fn cache_facts(cache: &CacheFacts) -> Vec<Fact> {
     let mut facts = vec![
         Fact::new("rows", thousands(cache.row_count)),
-        Fact::new("size", bytes(cache.byte_count)),
+        Fact::new("size", short_bytes(cache.byte_count)),
         Fact::new("bytes per token", decimal(cache.bytes_per_token, 1)),
         Fact::new("kept ids per row", decimal(cache.kept_per_row, 1)),
         Fact::new("mean tail mass", short_share(cache.tail_mass)),

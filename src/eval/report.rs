@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::durable;
 use crate::error::{Error, Result};
 use crate::eval::page;
-use crate::eval::quantity::{NONE, decimal, percent, short_count, thousands};
-use crate::train::metrics::{Metric, number_or_nan, rows_or_nan, write_whole};
+use crate::quantity::{NONE, decimal, percent, short_count, thousands};
+use crate::train::metrics::{Metric, number_or_nan, rows_or_nan};
 
 /// Version of `report.json`.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -393,9 +394,9 @@ impl Report {
         let written = Written { schema_version: SCHEMA_VERSION, headline: self.headline(), report: self };
         let mut text = serde_json::to_vec(&written).map_err(|error| Error::io(&json)(error.into()))?;
         text.push(b'\n');
-        write_whole(&json, &text)?;
+        durable::write_bytes(&json, &text)?;
         let path = run_dir.join("report.html");
-        write_whole(&path, self.html().as_bytes())?;
+        durable::write_bytes(&path, self.html().as_bytes())?;
         Ok(path)
     }
 

@@ -5,7 +5,6 @@
 //!
 //! Knows nothing of how any part of a run is carried out.
 
-mod amount;
 mod check;
 mod keys;
 mod load;

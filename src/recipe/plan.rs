@@ -7,10 +7,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::amount::{percent, short_bytes, short_count};
 use super::schema::{Dtype, Recipe};
 use crate::data::HeldOut;
 use crate::error::Result;
+use crate::quantity::{short_bytes, short_count, short_percent};
 use crate::run::RunOptions;
 use crate::schedule::{LearningRate, Schedule};
 
@@ -292,7 +292,7 @@ impl fmt::Display for Plan {
         };
         let (tokens, seq_len) = (short_count(recipe.data.tokens), recipe.data.seq_len);
         line("", format!("{tokens} tokens in {about}{sequences} sequences of {seq_len}"))?;
-        let share = |share: f64| format!("{} of the documents", percent(share));
+        let share = |share: f64| format!("{} of the documents", short_percent(share));
         let held_out = match &recipe.data.held_out {
             HeldOut::None => "nothing".to_string(),
             HeldOut::Tokens(tokens) => {

@@ -301,7 +301,7 @@ pub struct LearningRateSection {
     /// Steps of linear climb to `from`. Default 0.
     #[serde(default)]
     pub warmup: u64,
-    /// Share of the run, 0 to 1, in which `wsd` falls from `from` to `to`; for `wsd` alone. Default 0.2.
+    /// Share of what follows the warm-up, 0 to 1, in which `wsd` falls from `from` to `to`; for `wsd` alone. Default 0.2.
     pub decay: Option<f64>,
 }
 

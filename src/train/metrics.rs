@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::durable;
 use crate::error::{Error, Result};
 
 /// One logged event.
@@ -133,7 +134,7 @@ impl MetricsWriter {
                 }
             }
             if kept != text {
-                write_whole(path, &kept)?;
+                durable::write_bytes(path, &kept)?;
             }
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))?;
@@ -180,16 +181,6 @@ fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<Vec<(&'a [u8], Metric)>> {
         }
     }
     Ok(metrics)
-}
-
-/// Replaces a file as a whole: temporary name, sync, rename.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".partial");
-    let temporary = PathBuf::from(temporary);
-    let mut file = File::create(&temporary).map_err(Error::io(&temporary))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io(&temporary))?;
-    std::fs::rename(&temporary, path).map_err(Error::io(path))
 }
 
 /// Reads the `null` that JSON has for a number that is not finite.

@@ -4,7 +4,6 @@ pub mod balance;
 pub mod metrics;
 pub mod optimizer;
 pub mod order;
-pub mod progress;
 pub mod trainer;
 
 pub use trainer::{TrainConfig, TrainOutput, Trainer};

@@ -19,7 +19,6 @@ use super::{
     metrics::{EvalMetrics, MetricsWriter, StepMetrics},
     optimizer::{Optimizer, OptimizerConfig},
     order::SequenceOrder,
-    progress::Progress,
 };
 use crate::{
     checkpoint::{
@@ -29,6 +28,7 @@ use crate::{
     error::{Error, Result},
     loss::{DistillLoss, distill::scalar},
     models::{Decoder, TokenLayout},
+    progress::Progress,
     schedule::LearningRate,
     targets::TargetSource,
 };

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
+use crate::quantity::{clock, thousands};
+
 /// What is being counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
@@ -210,33 +212,6 @@ fn bar_style(unit: Unit) -> ProgressStyle {
         })
 }
 
-/// `1234567` as "1,234,567".
-pub(crate) fn thousands(count: u64) -> String {
-    let digits = count.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// Seconds as "00:12", "1:02:03" or "3d 04:05"; "--:--" when not known.
-pub(crate) fn clock(seconds: f64) -> String {
-    if !seconds.is_finite() || seconds > 1e9 {
-        return "--:--".to_string();
-    }
-    let seconds = seconds.max(0.0).round() as u64;
-    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
-    match (days, hours) {
-        (0, 0) => format!("{minutes:02}:{:02}", seconds % 60),
-        (0, _) => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
-        _ => format!("{days}d {hours:02}:{minutes:02}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,12 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_and_times_are_readable() {
-        assert_eq!([0, 999, 1_000, 1_234_567].map(thousands), ["0", "999", "1,000", "1,234,567"]);
-        assert_eq!(
-            [0.0, 12.4, 3_723.0, 273_900.0, f64::NAN].map(clock),
-            ["00:00", "00:12", "1:02:03", "3d 04:05", "--:--"]
-        );
+    fn rates_are_readable() {
         assert_eq!(Unit::Bytes.rate(2.5e6), "2.5 MB/s");
         assert_eq!(Unit::Tokens.rate(3.25), "3.2 tok/s");
     }

@@ -1,4 +1,4 @@
-//! Files that are whole or absent: written under a temporary name, synced, renamed.
+//! Files that are whole or absent: written under a temporary name, synced, renamed. Knows bytes and paths only.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -9,19 +9,29 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Between a final name and the process number, in the names of files and directories still being written.
-pub(super) const PARTIAL: &str = ".partial-";
+/// What a file is called while it is being written: its name and this. A crash's leftover is written over.
+pub(crate) const TEMPORARY: &str = ".tmp";
+
+/// Between a final name and the process number, in the names of directories still being written.
+pub(crate) const PARTIAL: &str = ".partial-";
 
 /// Longest JSON file read into memory; the index of the largest known checkpoint has 2 MB.
 const MAX_JSON_BYTES: u64 = 100_000_000;
 
-/// The name under which `path` is written before it is complete: `<path>.partial-<process>`, beside it.
-pub(super) fn partial_path(path: &Path) -> Result<PathBuf> {
+/// The name under which a file is written before it is complete: `<path>.tmp`, beside it.
+pub(crate) fn temporary_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(TEMPORARY);
+    name.into()
+}
+
+/// The name under which a directory is written before it is complete: `<path>.partial-<process>`, beside it.
+pub(crate) fn partial_path(path: &Path) -> Result<PathBuf> {
     sibling(path, PARTIAL)
 }
 
 /// `<path><infix><process>`.
-pub(super) fn sibling(path: &Path, infix: &str) -> Result<PathBuf> {
+pub(crate) fn sibling(path: &Path, infix: &str) -> Result<PathBuf> {
     let Some(name) = path.file_name() else {
         return Err(Error::usage(format!("cannot write to `{}`", path.display()), "give a path that ends with a name"));
     };
@@ -31,39 +41,39 @@ pub(super) fn sibling(path: &Path, infix: &str) -> Result<PathBuf> {
 }
 
 /// Writes a file so that `path` holds either its former content or all of the new one, whenever the machine stops.
-pub(super) fn write_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let partial = partial_path(path)?;
-    let written = write_and_sync(&partial, fill).and_then(|()| fs::rename(&partial, path).map_err(Error::io(path)));
+pub(crate) fn write_file(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let temporary = temporary_path(path);
+    let written = write_and_sync(&temporary, fill).and_then(|()| fs::rename(&temporary, path).map_err(Error::io(path)));
     if written.is_err() {
         // The first error is the one to tell; a temporary file that stays behind is never read.
-        let _ = fs::remove_file(&partial);
+        let _ = fs::remove_file(&temporary);
         return written;
     }
     sync_directory(parent(path))
 }
 
-fn write_and_sync(partial: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let file = File::create(partial).map_err(Error::io(partial))?;
+fn write_and_sync(temporary: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let file = File::create(temporary).map_err(Error::io(temporary))?;
     let mut writer = BufWriter::with_capacity(1 << 20, file);
     fill(&mut writer)?;
-    let file = writer.into_inner().map_err(|error| Error::io(partial)(error.into_error()))?;
-    file.sync_all().map_err(Error::io(partial))
+    let file = writer.into_inner().map_err(|error| Error::io(temporary)(error.into_error()))?;
+    file.sync_all().map_err(Error::io(temporary))
 }
 
 /// [`write_file`] of bytes at hand.
-pub(super) fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_file(path, |writer| writer.write_all(bytes).map_err(Error::io(path)))
 }
 
 /// [`write_file`] of indented JSON.
-pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).expect("JSON values always serialise");
     bytes.push(b'\n');
     write_bytes(path, &bytes)
 }
 
 /// Makes renames inside `directory` survive a power failure.
-pub(super) fn sync_directory(directory: &Path) -> Result<()> {
+pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
     // Other systems cannot open a directory as a file, and need no such call.
     if cfg!(unix) {
         File::open(directory).and_then(|opened| opened.sync_all()).map_err(Error::io(directory))?;
@@ -72,7 +82,7 @@ pub(super) fn sync_directory(directory: &Path) -> Result<()> {
 }
 
 /// The directory that holds `path`.
-pub(super) fn parent(path: &Path) -> &Path {
+pub(crate) fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
@@ -80,7 +90,7 @@ pub(super) fn parent(path: &Path) -> &Path {
 }
 
 /// Reads a JSON object; `missing` is the way out when there is no such file, `malformed` when it does not parse.
-pub(super) fn read_json_object(path: &Path, missing: &str, malformed: &str) -> Result<Value> {
+pub(crate) fn read_json_object(path: &Path, missing: &str, malformed: &str) -> Result<Value> {
     let length = match fs::metadata(path) {
         Ok(found) => found.len(),
         Err(error) if error.kind() == ErrorKind::NotFound => {
