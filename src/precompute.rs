@@ -164,10 +164,10 @@ impl<'a> Filler<'a> {
     /// batch they began is computed once more as a whole, for a row's last bit may depend on the batch it is in.
     fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter, mut sealed: u64) -> Result<()> {
         let seq_len = loader.seq_len() as u64;
-        let total = loader.sequence_limit().unwrap_or_else(|| self.expected());
+        let total = loader.sequence_limit().or_else(|| self.expected()).map(|sequences| sequences * seq_len);
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
         let label = if split == "held_out" { format!("{label}, held out") } else { label.into() };
-        let progress = Progress::new(&label, total * seq_len, Unit::Tokens);
+        let progress = Progress::new(&label, total, Unit::Tokens);
         let progress = progress.starting_at(writer.next_sequence() * seq_len);
         let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
         let batch = (batch_tokens / seq_len).max(1);
@@ -209,10 +209,10 @@ impl<'a> Filler<'a> {
     }
 
     /// Sequences the held-out split may have, for the progress bar alone.
-    fn expected(&self) -> u64 {
+    fn expected(&self) -> Option<u64> {
         match self.recipe.data.held_out {
-            HeldOut::Tokens(tokens) => tokens.div_ceil(self.recipe.data.seq_len as u64),
-            _ => 0,
+            HeldOut::Tokens(tokens) => Some(tokens.div_ceil(self.recipe.data.seq_len as u64)),
+            _ => None,
         }
     }
 

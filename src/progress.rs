@@ -47,7 +47,8 @@ impl Unit {
 pub struct Progress {
     label: String,
     unit: Unit,
-    total: u64,
+    /// Nothing while it is not known how much there is.
+    total: Option<u64>,
     bar: ProgressBar,
     state: Mutex<State>,
     logs: bool,
@@ -63,20 +64,20 @@ struct State {
 }
 
 impl Progress {
-    /// Progress of `label` ("teacher", "student", "verify") from nothing to `total`.
-    pub fn new(label: &str, total: u64, unit: Unit) -> Progress {
-        Progress::drawn_on(label, total, unit, std::io::stderr().is_terminal(), true)
+    /// Progress of `label` ("teacher", "student", "verify") from nothing to `total`, or to an end that is not known.
+    pub fn new(label: &str, total: impl Into<Option<u64>>, unit: Unit) -> Progress {
+        Progress::drawn_on(label, total.into(), unit, std::io::stderr().is_terminal(), true)
     }
 
     /// Progress that nobody sees: for callers that asked for quiet.
     pub fn silent() -> Progress {
-        Progress::drawn_on("", 0, Unit::Steps, false, false)
+        Progress::drawn_on("", None, Unit::Steps, false, false)
     }
 
-    fn drawn_on(label: &str, total: u64, unit: Unit, terminal: bool, heard: bool) -> Progress {
+    fn drawn_on(label: &str, total: Option<u64>, unit: Unit, terminal: bool, heard: bool) -> Progress {
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = ProgressBar::with_draw_target(Some(total), target).with_prefix(label.to_string());
-        bar.set_style(bar_style(unit));
+        let bar = ProgressBar::with_draw_target(total, target).with_prefix(label.to_string());
+        bar.set_style(bar_style(unit, total.is_some()));
         if terminal {
             // A streamed teacher can take minutes between two calls; the clock should not look stuck meanwhile.
             bar.enable_steady_tick(Duration::from_millis(250));
@@ -156,16 +157,13 @@ impl Progress {
 
     fn line(&self, state: &State, elapsed: Duration) -> String {
         let rate = (state.done - state.first) as f64 / elapsed.as_secs_f64().max(1e-9);
-        let left = self.total.saturating_sub(state.done) as f64 / rate;
-        let mut line = format!(
-            "{}: {}/{} {}, {}, ETA {}",
-            self.label,
-            thousands(state.done),
-            thousands(self.total),
-            self.unit.name(),
-            self.unit.rate(rate),
-            clock(left),
-        );
+        let mut line =
+            format!("{}: {}, {}", self.label, counted(state.done, self.total, self.unit), self.unit.rate(rate));
+        if let Some(total) = self.total {
+            let left = total.saturating_sub(state.done) as f64 / rate;
+            line.push_str(", ETA ");
+            line.push_str(&clock(left));
+        }
         if !state.message.is_empty() {
             line.push_str(", ");
             line.push_str(&state.message);
@@ -192,17 +190,29 @@ impl LineTimes {
     }
 }
 
-fn tenths(done: u64, total: u64) -> u64 {
-    if total == 0 { 0 } else { (done as u128 * 10 / total as u128) as u64 }
+/// "1,234/5,678 tokens", or "1,234 tokens" of nobody knows how many.
+fn counted(done: u64, total: Option<u64>, unit: Unit) -> String {
+    match total {
+        Some(total) => format!("{}/{} {}", thousands(done), thousands(total), unit.name()),
+        None => format!("{} {}", thousands(done), unit.name()),
+    }
 }
 
-fn bar_style(unit: Unit) -> ProgressStyle {
-    let template = "{prefix:>10} {bar:28.cyan/dim} {count}, {rate}, ETA {left} {msg:.dim}";
+fn tenths(done: u64, total: Option<u64>) -> u64 {
+    total.filter(|&total| total > 0).map_or(0, |total| (done as u128 * 10 / total as u128) as u64)
+}
+
+fn bar_style(unit: Unit, ends: bool) -> ProgressStyle {
+    let template = if ends {
+        "{prefix:>10} {bar:28.cyan/dim} {count}, {rate}, ETA {left} {msg:.dim}"
+    } else {
+        "{prefix:>10} {spinner:.cyan} {count}, {rate} {msg:.dim}"
+    };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     style
         .progress_chars("━╸─")
         .with_key("count", move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-            let _ = write!(out, "{}/{} {}", thousands(state.pos()), thousands(state.len().unwrap_or(0)), unit.name());
+            let _ = out.write_str(&counted(state.pos(), state.len(), unit));
         })
         .with_key("rate", move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
             let _ = out.write_str(&unit.rate(state.per_sec()));
@@ -218,7 +228,7 @@ mod tests {
 
     #[test]
     fn a_log_line_says_count_rate_and_time_left() {
-        let progress = Progress::drawn_on("teacher", 5_678, Unit::Tokens, false, true).starting_at(234);
+        let progress = Progress::drawn_on("teacher", Some(5_678), Unit::Tokens, false, true).starting_at(234);
         progress.advance(1_000);
         let line = progress.line(&progress.lock(), Duration::from_secs(2));
         assert_eq!(line, "teacher: 1,234/5,678 tokens, 500 tok/s, ETA 00:09");
@@ -228,11 +238,19 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_nobody_knows_where_says_only_how_far_it_is() {
+        let progress = Progress::drawn_on("teacher, held out", None, Unit::Tokens, false, true);
+        progress.advance(1_000);
+        let line = progress.line(&progress.lock(), Duration::from_secs(2));
+        assert_eq!(line, "teacher, held out: 1,000 tokens, 500 tok/s");
+    }
+
+    #[test]
     fn a_run_that_has_done_nothing_promises_no_end() {
-        let progress = Progress::drawn_on("student", 100, Unit::Steps, false, true);
+        let progress = Progress::drawn_on("student", Some(100), Unit::Steps, false, true);
         let line = progress.line(&progress.lock(), Duration::from_secs(2));
         assert_eq!(line, "student: 0/100 steps, 0.0 steps/s, ETA --:--");
-        let empty = Progress::drawn_on("verify", 0, Unit::Shards, false, true);
+        let empty = Progress::drawn_on("verify", Some(0), Unit::Shards, false, true);
         empty.advance(0);
         empty.finish();
         Progress::silent().finish();

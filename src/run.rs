@@ -60,6 +60,7 @@ impl RunOptions {
             #[cfg(feature = "tch")]
             #[allow(deprecated)] // burn keeps LibTorch for now; it is offered as long as burn has it
             "tch" if number == 0 => Ok(burn::tensor::Device::libtorch()),
+            #[allow(unreachable_patterns)] // in a build with the feature
             "cuda" | "wgpu" | "tch" if number == 0 || kind == "cuda" => Err(Error::usage(
                 format!("`--device {}` needs a build with the `{kind}` feature", self.device),
                 format!("build with `cargo build --release --features {kind}`, or use `--device cpu`"),

@@ -153,6 +153,8 @@ fn training(page: &mut String, report: &Report) {
 
     let mut held_out = line_chart(report, "Held-out cross-entropy", NATS, |curves| &curves.held_out);
     held_out.settle = true;
+    held_out.note =
+        "While training, on `train.evaluate_tokens` of the held-out text; the table is on all of it.".into();
     if let Some(teacher) = report.arm(Role::Teacher) {
         let value = teacher.evaluation.cross_entropy;
         held_out.levels.push(Level { name: "teacher".to_string(), color: color(Role::Teacher), value });
