@@ -8,6 +8,8 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod divergence;
+pub mod fused_linear_distill;
 pub mod gather_rows;
 mod gemm_call;
 pub mod grouped_matmul;

@@ -2,6 +2,8 @@
 //!
 //! T teacher, S student, k kept ids. Distributions over k + 1 outcomes put everything not kept into one tail outcome.
 
+use crate::divergence::Divergence;
+
 /// One row of a teacher, as the cache keeps it.
 #[derive(Debug, Clone)]
 pub struct KeptRow {
@@ -81,6 +83,169 @@ pub fn forward_kl(logits: &[f64], teacher: &KeptRow, temperature: f64) -> RowLos
         })
         .collect();
     RowLoss { value, logits_grad }
+}
+
+/// A number and its derivative by one logit: what makes the derivative of [`divergence`] independent of anybody's
+/// algebra.
+#[derive(Debug, Clone, Copy)]
+struct Dual {
+    value: f64,
+    slope: f64,
+}
+
+impl Dual {
+    fn new(value: f64) -> Self {
+        Dual { value, slope: 0.0 }
+    }
+
+    fn exp(self) -> Self {
+        let value = self.value.exp();
+        Dual { value, slope: if value == 0.0 { 0.0 } else { value * self.slope } }
+    }
+
+    fn ln(self) -> Self {
+        Dual { value: self.value.ln(), slope: self.slope / self.value }
+    }
+
+    fn abs(self) -> Self {
+        if self.value < 0.0 { self * -1.0 } else { self }
+    }
+}
+
+impl std::ops::Add for Dual {
+    type Output = Dual;
+    fn add(self, other: Dual) -> Dual {
+        Dual { value: self.value + other.value, slope: self.slope + other.slope }
+    }
+}
+
+impl std::ops::Mul for Dual {
+    type Output = Dual;
+    fn mul(self, other: Dual) -> Dual {
+        let slope = self.slope * other.value + self.value * other.slope;
+        Dual { value: self.value * other.value, slope }
+    }
+}
+
+impl std::ops::Mul<f64> for Dual {
+    type Output = Dual;
+    fn mul(self, factor: f64) -> Dual {
+        Dual { value: self.value * factor, slope: self.slope * factor }
+    }
+}
+
+impl std::ops::Sub for Dual {
+    type Output = Dual;
+    fn sub(self, other: Dual) -> Dual {
+        self + other * -1.0
+    }
+}
+
+impl std::iter::Sum for Dual {
+    fn sum<I: Iterator<Item = Dual>>(terms: I) -> Dual {
+        terms.fold(Dual::new(0.0), |sum, term| sum + term)
+    }
+}
+
+/// Any divergence over the kept ids and one tail outcome, where the student's distribution is its full softmax at the
+/// same temperature.
+pub fn divergence(kind: Divergence, logits: &[f64], teacher: &KeptRow, temperature: f64) -> RowLoss {
+    let log_q = log_softmax(logits, temperature);
+    let place: Vec<Option<usize>> =
+        (0..logits.len()).map(|v| teacher.ids.iter().position(|&id| id as usize == v)).collect();
+    let rest: Vec<f64> = (0..logits.len()).filter(|&v| place[v].is_none()).map(|v| log_q[v]).collect();
+    let mut log_p = teacher.log_probs.clone();
+    let mut outcomes: Vec<f64> = teacher.ids.iter().map(|&id| log_q[id as usize]).collect();
+    if !rest.is_empty() {
+        log_p.push(teacher.log_tail);
+        outcomes.push(log_sum_exp(&rest));
+    }
+    let kept = teacher.ids.len();
+    let by_logit = |v: Option<usize>| {
+        let duals: Vec<Dual> = outcomes
+            .iter()
+            .enumerate()
+            .map(|(j, &value)| {
+                // d ln q_j / dz_v: its share of the outcome, less its share of everything.
+                let slope = v.map_or(0.0, |v| {
+                    let own = match place[v] {
+                        Some(at) => (at == j) as u8 as f64,
+                        None if j == kept => (log_q[v] - value).exp(),
+                        None => 0.0,
+                    };
+                    (own - log_q[v].exp()) / temperature
+                });
+                Dual { value, slope }
+            })
+            .collect();
+        divergence_of_outcomes(kind, &log_p, &duals, kept)
+    };
+    RowLoss { value: by_logit(None).value, logits_grad: (0..logits.len()).map(|v| by_logit(Some(v)).slope).collect() }
+}
+
+fn divergence_of_outcomes(kind: Divergence, log_p: &[f64], log_q: &[Dual], kept: usize) -> Dual {
+    let possible = |lp: f64| lp.max(crate::divergence::LOG_IMPOSSIBLE);
+    let both = || log_p.iter().copied().zip(log_q.iter().copied());
+    let kl_to = |log_m: &dyn Fn(f64, Dual) -> Dual| -> Dual {
+        both()
+            .filter(|(lp, _)| *lp > f64::NEG_INFINITY)
+            .map(|(lp, lq)| (Dual::new(lp) - log_m(lp, lq)) * lp.exp())
+            .sum()
+    };
+    let kl_from =
+        |log_m: &dyn Fn(f64, Dual) -> Dual| -> Dual { both().map(|(lp, lq)| lq.exp() * (lq - log_m(lp, lq))).sum() };
+    // ln(share e^a + (1 - share) e^b), relative to the larger so that neither underflows.
+    let mix = |share: f64, a: Dual, b: Dual| {
+        let largest = Dual::new(a.value.max(b.value));
+        ((a - largest).exp() * share + (b - largest).exp() * (1.0 - share)).ln() + largest
+    };
+    let power_sum = |alpha: f64| {
+        let logs: Vec<Dual> = both().map(|(lp, lq)| Dual::new(alpha * possible(lp)) + lq * (1.0 - alpha)).collect();
+        let largest = Dual::new(logs.iter().map(|log| log.value).fold(f64::NEG_INFINITY, f64::max));
+        logs.into_iter().map(|log| (log - largest).exp()).sum::<Dual>().ln() + largest
+    };
+    match kind {
+        Divergence::ForwardKl => kl_to(&|_, lq| lq),
+        Divergence::ReverseKl => kl_from(&|lp, _| Dual::new(possible(lp))),
+        Divergence::Jsd { beta } => {
+            let middle = |lp: f64, lq: Dual| mix(beta, Dual::new(lp), lq);
+            kl_to(&middle) * beta + kl_from(&middle) * (1.0 - beta)
+        }
+        Divergence::SkewKl { alpha } => kl_to(&|lp, lq| mix(alpha, Dual::new(lp), lq)),
+        Divergence::SkewReverseKl { alpha } => kl_from(&|lp, lq| mix(alpha, lq, Dual::new(possible(lp)))),
+        Divergence::AdaptiveKl { head } => {
+            let mut mass = 0.0;
+            let (mut in_head, mut all) = (0.0, 0.0);
+            for (place, (lp, lq)) in both().enumerate() {
+                let gap = (lp.exp() - lq.value.exp()).abs();
+                in_head += if place < kept && mass < head { gap } else { 0.0 };
+                all += gap;
+                mass += lp.exp();
+            }
+            let share = if all > 0.0 { in_head / all } else { 0.5 };
+            kl_to(&|_, lq| lq) * share + kl_from(&|lp, _| Dual::new(possible(lp))) * (1.0 - share)
+        }
+        Divergence::TotalVariation => both().map(|(lp, lq)| (Dual::new(lp.exp()) - lq.exp()).abs() * 0.5).sum(),
+        Divergence::Renyi { alpha } => power_sum(alpha) * (1.0 / (alpha - 1.0)),
+        Divergence::Alpha { alpha } => (power_sum(alpha).exp() - Dual::new(1.0)) * (1.0 / (alpha * (alpha - 1.0))),
+        Divergence::SoftCrossEntropy => {
+            both().filter(|(lp, _)| *lp > f64::NEG_INFINITY).map(|(lp, lq)| lq * -lp.exp()).sum()
+        }
+        Divergence::Taid { teacher } => {
+            let logs: Vec<f64> = both().map(|(lp, lq)| teacher * possible(lp) + (1.0 - teacher) * lq.value).collect();
+            let all = log_sum_exp(&logs);
+            logs.iter().zip(log_q).map(|(log, &lq)| (Dual::new(log - all) - lq) * (log - all).exp()).sum()
+        }
+        Divergence::ConditionalKl => {
+            let p_all = log_sum_exp(&log_p[..kept]);
+            let q_all = log_q[..kept].iter().map(|lq| lq.exp()).sum::<Dual>().ln();
+            let terms = log_p[..kept].iter().zip(&log_q[..kept]);
+            terms
+                .filter(|(lp, _)| **lp > f64::NEG_INFINITY)
+                .map(|(lp, &lq)| (Dual::new(lp - p_all) - lq + q_all) * (lp - p_all).exp())
+                .sum()
+        }
+    }
 }
 
 #[cfg(test)]

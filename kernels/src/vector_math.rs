@@ -96,6 +96,43 @@ pub fn scaled_exp(values: &[f32], shift: f32, scale: f32, output: &mut [f32]) {
     )
 }
 
+/// Sums of `exp(factor * (value - shift))` and of the squares of that, in f32 lanes: for short stretches.
+pub fn sum_exp_and_squares(values: &[f32], shift: f32, factor: f32) -> (f32, f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let (mut sums, mut squares) = ([0.0f32; LANES], [0.0f32; LANES]);
+            let chunks = values.chunks_exact(LANES);
+            let rest = chunks.remainder();
+            for chunk in chunks {
+                for lane in 0..LANES {
+                    let value = exp(factor * (chunk[lane] - shift));
+                    sums[lane] += value;
+                    squares[lane] += value * value;
+                }
+            }
+            for (lane, value) in rest.iter().enumerate() {
+                let value = exp(factor * (value - shift));
+                sums[lane] += value;
+                squares[lane] += value * value;
+            }
+            (sums.into_iter().sum(), squares.into_iter().sum())
+        },
+    )
+}
+
+/// Replaces each value by `scale * exp(factor * (value - shift))`.
+pub fn scaled_exp_in_place(values: &mut [f32], shift: f32, factor: f32, scale: f32) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for value in values.iter_mut() {
+                *value = scale * exp(factor * (*value - shift));
+            }
+        },
+    )
+}
+
 /// Sum of products.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     Arch::new().dispatch(

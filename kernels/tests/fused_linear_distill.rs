@@ -1,0 +1,369 @@
+//! The fused loss against f64 loops: every divergence, in value and gradient, however the work is cut.
+
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use limbeck_kernels::{
+    divergence::Divergence,
+    fused_linear_distill::{
+        LossSettings, NO_LABEL, RowMeasures, RowTargets, RowWeights, distill_logits,
+        graph::SharedWeigh,
+        host::{self, HostMatrix, Wanted},
+        linear_distill, linear_distill_reference,
+    },
+    oracle::{self, KeptRow},
+};
+
+fn random(count: usize, seed: u64, scale: f32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    (0..count).map(|_| (next() + next() + next() - 1.5) * scale).collect()
+}
+
+/// Targets of rows whose teacher logits are given, rounded to what a cache keeps.
+fn targets(teacher: &[f32], vocab: usize, k: usize, labels: Vec<u32>, temperature: f32) -> (RowTargets, Vec<KeptRow>) {
+    let mut targets = RowTargets { labels, offsets: vec![0], ..RowTargets::default() };
+    let mut kept_rows = vec![];
+    for (logits, &label) in teacher.chunks(vocab).zip(&targets.labels) {
+        let label = if label == NO_LABEL { 0 } else { label };
+        let mut kept = oracle::top_k(logits, k, label, temperature as f64);
+        for value in &mut kept.log_probs {
+            *value = *value as f32 as f64;
+        }
+        kept.log_tail = kept.log_tail as f32 as f64;
+        targets.ids.extend(&kept.ids);
+        targets.log_probs.extend(kept.log_probs.iter().map(|&value| value as f32));
+        targets.log_tail.push(kept.log_tail as f32);
+        targets.offsets.push(targets.ids.len());
+        kept_rows.push(kept);
+    }
+    (targets, kept_rows)
+}
+
+fn weigh(_: usize, _: &RowMeasures) -> RowWeights {
+    RowWeights { soft: 0.7, hard: 0.3 }
+}
+
+struct Truth {
+    soft: Vec<f64>,
+    hard: Vec<f64>,
+    loss: f64,
+    /// `[T, V]`
+    logits_grad: Vec<f64>,
+    soft_gradient_square: Vec<f64>,
+    hard_gradient_square: Vec<f64>,
+}
+
+fn truth(logits: &[f64], vocab: usize, targets: &RowTargets, kept: &[KeptRow], settings: &LossSettings) -> Truth {
+    let mut truth = Truth {
+        soft: vec![],
+        hard: vec![],
+        loss: 0.0,
+        logits_grad: vec![],
+        soft_gradient_square: vec![],
+        hard_gradient_square: vec![],
+    };
+    let square = |gradient: &[f64], factor: f64| gradient.iter().map(|g| (g * factor).powi(2)).sum::<f64>();
+    for (row, logits) in logits.chunks(vocab).enumerate() {
+        let soft = oracle::divergence(settings.divergence, logits, &kept[row], settings.temperature as f64);
+        let factor = settings.soft_factor();
+        let mut gradient: Vec<f64> = soft.logits_grad.iter().map(|g| 0.7 * factor * g).collect();
+        truth.loss += 0.7 * factor * soft.value;
+        truth.soft_gradient_square.push(square(&soft.logits_grad, factor));
+        truth.soft.push(soft.value);
+        let label = targets.labels[row];
+        if label == NO_LABEL {
+            truth.hard.push(0.0);
+            truth.hard_gradient_square.push(0.0);
+        } else {
+            let hard = oracle::hard_cross_entropy(logits, label);
+            truth.loss += 0.3 * hard.value;
+            for (gradient, hard) in gradient.iter_mut().zip(&hard.logits_grad) {
+                *gradient += 0.3 * hard;
+            }
+            truth.hard.push(hard.value);
+            truth.hard_gradient_square.push(square(&hard.logits_grad, 1.0));
+        }
+        truth.logits_grad.extend(gradient);
+    }
+    truth
+}
+
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |largest, value| largest.max(value.abs()))
+}
+
+fn assert_close(found: &[f32], truth: &[f64], bound: f64, what: &str) {
+    let largest = largest(truth);
+    for (place, (found, truth)) in found.iter().zip(truth).enumerate() {
+        assert!((*found as f64 - truth).abs() <= bound * largest + 1e-14, "{what}[{place}] {found} instead of {truth}");
+    }
+}
+
+#[test]
+fn every_divergence_has_the_value_and_the_gradient_of_the_oracle() {
+    let cases = [
+        // vocabulary, kept, scale of the teacher's logits, scale of the student's, temperature
+        (50, 7, 3.0, 3.0, 1.0),
+        (50, 50, 3.0, 3.0, 1.0),
+        (50, 1, 2.0, 2.0, 1.0),
+        (300, 16, 12.0, 8.0, 1.0),
+        (300, 16, 8.0, 8.0, 2.5),
+        (64, 4, 53.0, 53.0, 1.0),  // logits up to 80, tails down to e^-60
+        (64, 4, 0.0, 1.0, 1.0),    // a uniform teacher
+        (97, 12, 200.0, 4.0, 1.0), // all but one-hot
+        (300, 299, 1.0, 1.0, 0.5),
+    ];
+    for divergence in Divergence::EXAMPLES {
+        for (number, &(vocab, k, teacher_scale, student_scale, temperature)) in cases.iter().enumerate() {
+            for t_scale in [true, false] {
+                let rows = 6;
+                let labels = vec![0, 3, NO_LABEL, 7, (vocab - 1) as u32, 5];
+                let teacher = random(rows * vocab, 3, teacher_scale);
+                let mut logits = random(rows * vocab, 4, student_scale);
+                let (targets, kept) = targets(&teacher, vocab, k, labels, temperature);
+                targets.check(vocab).unwrap();
+                let settings = LossSettings { divergence, temperature, t_scale };
+                let exact: Vec<f64> = logits.iter().map(|&z| z as f64).collect();
+                let truth = truth(&exact, vocab, &targets, &kept, &settings);
+                let (loss, measures) = host::finish_logits(&mut logits, vocab, &targets, &settings, &weigh);
+                let what = format!("{} case {number}", divergence.name());
+                assert!((loss - truth.loss).abs() <= 1e-6 * truth.loss.abs(), "{what}: {loss} not {}", truth.loss);
+                assert_close(&logits, &truth.logits_grad, 1e-5, &what);
+                for (row, measured) in measures.iter().enumerate() {
+                    let (measured, _) = measured.unwrap();
+                    let near = |found: f64, truth: f64, name: &str| {
+                        let bound = 2e-6 * truth.abs().max(1e-2);
+                        assert!((found - truth).abs() <= bound, "{what} row {row}: {name} {found} instead of {truth}");
+                    };
+                    near(measured.soft, truth.soft[row], "soft");
+                    near(measured.hard, truth.hard[row], "hard");
+                    near(measured.soft_gradient_square, truth.soft_gradient_square[row], "soft gradient");
+                    near(measured.hard_gradient_square, truth.hard_gradient_square[row], "hard gradient");
+                    let row_logits = &exact[row * vocab..][..vocab];
+                    near(measured.log_sum_exp, oracle::log_sum_exp(row_logits), "log-sum-exp");
+                    assert_eq!(
+                        row_logits[measured.argmax as usize],
+                        row_logits.iter().copied().fold(f64::MIN, f64::max)
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn tails_from_a_billionth_to_nearly_everything_keep_their_digits() {
+    let vocab = 500;
+    for tail in [1e-9f64, 1e-7, 1e-4, 0.02, 0.5, 0.9] {
+        // One kept id against many equal ones that make up the tail, in teacher and student.
+        let level = (tail / (1.0 - tail) / (vocab - 1) as f64).ln() as f32;
+        let mut teacher = vec![level; vocab];
+        teacher[3] = 0.0;
+        let mut student = random(vocab, 8, 1.0);
+        student.iter_mut().for_each(|z| *z += level + 0.5);
+        student[3] = 0.3;
+        let (targets, kept) = targets(&teacher, vocab, 1, vec![3], 1.0);
+        for divergence in Divergence::EXAMPLES {
+            let settings = LossSettings::new(divergence);
+            let exact: Vec<f64> = student.iter().map(|&z| z as f64).collect();
+            let truth = oracle::divergence(divergence, &exact, &kept[0], 1.0);
+            let mut gradient = student.clone();
+            let soft_alone = |_: usize, _: &RowMeasures| RowWeights { soft: 1.0, hard: 0.0 };
+            let (_, rows) = host::finish_logits(&mut gradient, vocab, &targets, &settings, &soft_alone);
+            let soft = rows[0].unwrap().0.soft;
+            let what = format!("{} at a tail of {tail}", divergence.name());
+            assert!(
+                (soft - truth.value).abs() <= 1e-6 * truth.value.abs() + 1e-15,
+                "{what}: {soft} not {}",
+                truth.value
+            );
+            assert_close(&gradient, &truth.logits_grad, 1e-5, &what);
+        }
+    }
+}
+
+/// Hidden states, head, targets and the truth about their loss.
+struct Linear {
+    width: usize,
+    vocab: usize,
+    hidden: Vec<f32>,
+    lm_head: Vec<f32>,
+    targets: Arc<RowTargets>,
+    settings: LossSettings,
+    loss: f64,
+    hidden_grad: Vec<f64>,
+    lm_head_grad: Vec<f64>,
+}
+
+fn linear(rows: usize, width: usize, vocab: usize, k: usize, divergence: Divergence) -> Linear {
+    let (hidden, lm_head) = (random(rows * width, 1, 1.5), random(vocab * width, 2, 1.0));
+    linear_of(hidden, lm_head, rows, width, vocab, k, divergence)
+}
+
+fn linear_of(
+    hidden: Vec<f32>,
+    lm_head: Vec<f32>,
+    rows: usize,
+    width: usize,
+    vocab: usize,
+    k: usize,
+    divergence: Divergence,
+) -> Linear {
+    let labels = (0..rows).map(|row| if row % 5 == 4 { NO_LABEL } else { (row * 37 % vocab) as u32 }).collect();
+    let (mut targets, mut kept) = targets(&random(rows * vocab, 5, 3.0), vocab, k, labels, 1.0);
+    // One row has no target at all.
+    let removed = targets.kept(1).clone();
+    targets.labels[1] = NO_LABEL;
+    targets.ids.drain(removed.clone());
+    targets.log_probs.drain(removed);
+    targets.offsets[2..].iter_mut().for_each(|offset| *offset -= k);
+    kept[1] = KeptRow { ids: vec![], log_probs: vec![], log_tail: f64::NEG_INFINITY, label_log_prob: 0.0 };
+    let settings = LossSettings::new(divergence);
+    let mut logits = vec![0.0f64; rows * vocab];
+    for row in 0..rows {
+        for v in 0..vocab {
+            logits[row * vocab + v] =
+                (0..width).map(|d| hidden[row * width + d] as f64 * lm_head[v * width + d] as f64).sum();
+        }
+    }
+    let mut truth = truth(&logits, vocab, &targets, &kept, &settings);
+    truth.loss -= 0.7 * truth.soft[1];
+    truth.logits_grad[vocab..2 * vocab].fill(0.0);
+    let (mut hidden_grad, mut lm_head_grad) = (vec![0.0; rows * width], vec![0.0; vocab * width]);
+    for row in 0..rows {
+        for v in 0..vocab {
+            let gradient = truth.logits_grad[row * vocab + v];
+            for d in 0..width {
+                hidden_grad[row * width + d] += gradient * lm_head[v * width + d] as f64;
+                lm_head_grad[v * width + d] += gradient * hidden[row * width + d] as f64;
+            }
+        }
+    }
+    Linear {
+        width,
+        vocab,
+        hidden,
+        lm_head,
+        targets: Arc::new(targets),
+        settings,
+        loss: truth.loss,
+        hidden_grad,
+        lm_head_grad,
+    }
+}
+
+#[test]
+fn pieces_of_any_size_give_the_oracles_gradients() {
+    for divergence in Divergence::EXAMPLES {
+        let case = linear(23, 16, 301, 9, divergence);
+        for piece_rows in [1, 4, 7, 23] {
+            let output = host::run_in_pieces(
+                HostMatrix::F32(&case.hidden),
+                HostMatrix::F32(&case.lm_head),
+                case.width,
+                &case.targets,
+                &case.settings,
+                &weigh,
+                Wanted::BOTH,
+                piece_rows * 4 * case.vocab,
+            );
+            let what = format!("{} in pieces of {piece_rows}", divergence.name());
+            assert!((output.loss / case.loss - 1.0).abs() < 1e-6, "{what}: {} instead of {}", output.loss, case.loss);
+            assert_close(&output.hidden_grad.unwrap(), &case.hidden_grad, 1e-5, &what);
+            assert_close(&output.lm_head_grad.unwrap(), &case.lm_head_grad, 1e-5, &what);
+            assert!(output.rows[1].is_none() && output.rows.iter().flatten().count() == 22);
+        }
+    }
+}
+
+#[test]
+fn half_precision_operands_are_accumulated_in_single() {
+    let narrow = |values: Vec<f32>| -> Vec<half::bf16> { values.into_iter().map(half::bf16::from_f32).collect() };
+    let wide = |values: &[half::bf16]| -> Vec<f32> { values.iter().map(|value| value.to_f32()).collect() };
+    let (rows, width, vocab) = (9, 32, 400);
+    let (hidden, lm_head) = (narrow(random(rows * width, 1, 1.5)), narrow(random(vocab * width, 2, 1.0)));
+    let case = linear_of(wide(&hidden), wide(&lm_head), rows, width, vocab, 6, Divergence::ForwardKl);
+    let output = host::run(
+        HostMatrix::Bf16(&hidden),
+        HostMatrix::Bf16(&lm_head),
+        width,
+        &case.targets,
+        &case.settings,
+        &weigh,
+        Wanted::BOTH,
+    );
+    assert!((output.loss / case.loss - 1.0).abs() < 1e-6, "{} instead of {}", output.loss, case.loss);
+    assert_close(&output.hidden_grad.unwrap(), &case.hidden_grad, 1e-5, "hidden");
+    assert_close(&output.lm_head_grad.unwrap(), &case.lm_head_grad, 1e-5, "head");
+}
+
+#[test]
+fn the_graph_scales_what_was_computed_and_computes_only_what_is_asked_for() {
+    let case = linear(11, 8, 120, 5, Divergence::ReverseKl);
+    let weigh: SharedWeigh = Arc::new(weigh);
+    let tensor = |values: &[f32], device: &Device| {
+        Tensor::<2>::from_data(TensorData::new(values.to_vec(), [values.len() / case.width, case.width]), device)
+    };
+    let read = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().unwrap();
+    let plain = Device::flex();
+    for device in [plain.clone().autodiff(), plain.clone().autodiff().gradient_checkpointing()] {
+        let hidden = tensor(&case.hidden, &device).require_grad();
+        let lm_head = tensor(&case.lm_head, &device).require_grad();
+        // As in training: the hidden states come out of other operations, and the loss goes into others.
+        let operand = hidden.clone() * 1.0;
+        let output = linear_distill(operand, lm_head.clone(), case.targets.clone(), case.settings, weigh.clone());
+        let reference =
+            linear_distill_reference(hidden.clone(), lm_head.clone(), &case.targets, &case.settings, &weigh);
+        assert!((output.value / case.loss - 1.0).abs() < 1e-6 && (reference.value / case.loss - 1.0).abs() < 1e-6);
+        for found in [output, reference] {
+            let gradients = (found.loss * 0.25).backward();
+            let scaled = |truth: &[f64]| truth.iter().map(|value| value * 0.25).collect::<Vec<f64>>();
+            assert_close(&read(hidden.grad(&gradients).unwrap()), &scaled(&case.hidden_grad), 1e-5, "hidden");
+            assert_close(&read(lm_head.grad(&gradients).unwrap()), &scaled(&case.lm_head_grad), 1e-5, "head");
+        }
+        // A frozen head.
+        let lm_head = tensor(&case.lm_head, &device);
+        let output =
+            linear_distill(hidden.clone(), lm_head.clone(), case.targets.clone(), case.settings, weigh.clone());
+        let gradients = output.loss.backward();
+        assert_close(&read(hidden.grad(&gradients).unwrap()), &case.hidden_grad, 1e-5, "hidden");
+        assert!(lm_head.grad(&gradients).is_none());
+    }
+    let untracked = linear_distill(
+        tensor(&case.hidden, &plain),
+        tensor(&case.lm_head, &plain),
+        case.targets.clone(),
+        case.settings,
+        weigh.clone(),
+    );
+    assert!((untracked.value / case.loss - 1.0).abs() < 1e-6);
+    let logits = tensor(&case.hidden, &plain).matmul(tensor(&case.lm_head, &plain).transpose());
+    let from_logits = distill_logits(logits, &case.targets, &case.settings, &weigh);
+    assert!((from_logits.value / case.loss - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn targets_that_do_not_fit_are_named() {
+    let good = || RowTargets {
+        labels: vec![1, NO_LABEL],
+        offsets: vec![0, 2, 3],
+        ids: vec![4, 0, 2],
+        log_probs: vec![-0.5, -1.5, -0.1],
+        log_tail: vec![-1.7, -2.4],
+    };
+    good().check(5).unwrap();
+    assert_eq!(good().check(4).unwrap_err(), "row 0 keeps id 4, beyond the vocabulary of 4");
+    let mut twice = good();
+    twice.ids[1] = 4;
+    assert_eq!(twice.check(5).unwrap_err(), "row 0 keeps id 4 twice");
+    let mut label = good();
+    label.labels[0] = 9;
+    assert_eq!(label.check(5).unwrap_err(), "row 0 has label 9, beyond the vocabulary of 5");
+    let mut short = good();
+    short.log_probs.pop();
+    assert_eq!(short.check(5).unwrap_err(), "3 ids and 2 log-probabilities");
+}
