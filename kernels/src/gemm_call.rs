@@ -83,3 +83,42 @@ pub fn multiply(
         );
     }
 }
+
+/// `output = keep * output + a * b` on this thread alone, where column `j` of the result is
+/// `output[j * output_stride..]`: the layout in which a wide right operand is read in order and never packed.
+///
+/// # Panics
+/// When the shapes do not fit each other or the slices.
+pub fn multiply_into_columns(output: &mut [f32], output_stride: usize, keep: bool, a: View<'_>, b: View<'_>) {
+    assert_eq!(a.columns, b.rows, "inner sizes differ");
+    assert!(output.len() >= span(b.columns, a.rows, output_stride, 1), "output too small");
+    assert!(a.data.len() >= span(a.rows, a.columns, a.row_stride, a.column_stride), "left operand too small");
+    assert!(b.data.len() >= span(b.rows, b.columns, b.row_stride, b.column_stride), "right operand too small");
+    if a.rows == 0 || b.columns == 0 {
+        return;
+    }
+    // SAFETY: as in `multiply`, the assertions put every element that the strides reach inside its slice.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            output.as_mut_ptr(),
+            output_stride as isize,
+            1,
+            keep,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

@@ -133,6 +133,78 @@ pub fn scaled_exp_in_place(values: &mut [f32], shift: f32, factor: f32, scale: f
     )
 }
 
+/// The largest value of each column of row-major `values`, if it is larger than what `largest` has.
+pub fn max_columns(values: &[f32], largest: &mut [f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in values.chunks_exact(largest.len()) {
+                for (largest, &value) in largest.iter_mut().zip(row) {
+                    *largest = if value > *largest { value } else { *largest };
+                }
+            }
+        },
+    )
+}
+
+/// Adds to each column's sums `exp(factor * (value - shift))` and the square of that: in f32 over short stretches, in
+/// f64 across them.
+pub fn sum_exp_columns(values: &[f32], shift: &[f32], factor: f32, sums: &mut [f64], squares: &mut [f64]) {
+    const STRETCH: usize = 64;
+    let width = shift.len();
+    let (mut part, mut part_squares) = (vec![0.0f32; width], vec![0.0f32; width]);
+    for stretch in values.chunks(STRETCH * width) {
+        part.fill(0.0);
+        part_squares.fill(0.0);
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                for row in stretch.chunks_exact(width) {
+                    let columns = row.iter().zip(shift).zip(&mut part).zip(&mut part_squares);
+                    for (((&value, &shift), sum), square) in columns {
+                        let value = exp(factor * (value - shift));
+                        *sum += value;
+                        *square += value * value;
+                    }
+                }
+            },
+        );
+        for column in 0..width {
+            sums[column] += part[column] as f64;
+            squares[column] += part_squares[column] as f64;
+        }
+    }
+}
+
+/// Replaces each value by `scale * exp(factor * (value - shift))` with its column's scale and shift.
+pub fn scaled_exp_columns(values: &mut [f32], shift: &[f32], factor: f32, scale: &[f32]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in values.chunks_exact_mut(shift.len()) {
+                for ((value, &shift), &scale) in row.iter_mut().zip(shift).zip(scale) {
+                    *value = scale * exp(factor * (*value - shift));
+                }
+            }
+        },
+    )
+}
+
+/// As [`scaled_exp_columns`], the sum of two such terms.
+pub fn add_scaled_exp_columns(values: &mut [f32], shift: [&[f32]; 2], factor: [f32; 2], scale: [&[f32]; 2]) {
+    Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            for row in values.chunks_exact_mut(shift[0].len()) {
+                for (column, value) in row.iter_mut().enumerate() {
+                    let first = scale[0][column] * exp(factor[0] * (*value - shift[0][column]));
+                    *value = first + scale[1][column] * exp(factor[1] * (*value - shift[1][column]));
+                }
+            }
+        },
+    )
+}
+
 /// Sum of products.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     Arch::new().dispatch(

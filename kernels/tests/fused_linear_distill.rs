@@ -10,6 +10,7 @@ use limbeck_kernels::{
         graph::SharedWeigh,
         host::{self, HostMatrix, Wanted},
         linear_distill, linear_distill_reference,
+        logits::finish_logits,
     },
     oracle::{self, KeptRow},
 };
@@ -129,7 +130,7 @@ fn every_divergence_has_the_value_and_the_gradient_of_the_oracle() {
                 let settings = LossSettings { divergence, temperature, t_scale };
                 let exact: Vec<f64> = logits.iter().map(|&z| z as f64).collect();
                 let truth = truth(&exact, vocab, &targets, &kept, &settings);
-                let (loss, measures) = host::finish_logits(&mut logits, vocab, &targets, &settings, &weigh);
+                let (loss, measures) = finish_logits(&mut logits, vocab, &targets, &settings, &weigh);
                 let what = format!("{} case {number}", divergence.name());
                 assert!((loss - truth.loss).abs() <= 1e-6 * truth.loss.abs(), "{what}: {loss} not {}", truth.loss);
                 assert_close(&logits, &truth.logits_grad, 1e-5, &what);
@@ -173,7 +174,7 @@ fn tails_from_a_billionth_to_nearly_everything_keep_their_digits() {
             let truth = oracle::divergence(divergence, &exact, &kept[0], 1.0);
             let mut gradient = student.clone();
             let soft_alone = |_: usize, _: &RowMeasures| RowWeights { soft: 1.0, hard: 0.0 };
-            let (_, rows) = host::finish_logits(&mut gradient, vocab, &targets, &settings, &soft_alone);
+            let (_, rows) = finish_logits(&mut gradient, vocab, &targets, &settings, &soft_alone);
             let soft = rows[0].unwrap().0.soft;
             let what = format!("{} at a tail of {tail}", divergence.name());
             assert!(

@@ -22,6 +22,7 @@ use half::bf16;
 use super::{
     LossSettings, RowMeasures, RowTargets, RowWeights,
     host::{self, HostMatrix, Wanted},
+    logits,
 };
 use crate::host_op;
 
@@ -121,7 +122,7 @@ fn slopes(
     let data = logits.clone().inner().into_data().convert::<f32>();
     let mut values = data.try_into_vec::<f32>().expect("converted to f32");
     let (value, found) =
-        host::finish_logits(&mut values, vocab, targets, settings, &|row, measures| weigh(row, measures));
+        logits::finish_logits(&mut values, vocab, targets, settings, &|row, measures| weigh(row, measures));
     let gradient = Tensor::<2>::from_data(TensorData::new(values, [rows, vocab]), &device).cast(dtype);
     (value, found, (logits * gradient).sum_dim(1).reshape([rows]))
 }

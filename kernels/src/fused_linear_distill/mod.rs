@@ -6,10 +6,11 @@
 //! they wait in the graph until `backward` scales them.
 //!
 //! T rows, D width, V vocabulary, k kept ids. Here are the operation's parts that everyone sees; [`rows`] is one row's
-//! arithmetic, [`host`] the processor's form and [`graph`] its node in the graph.
+//! arithmetic, [`host`] the processor's form, [`logits`] that for logits at hand, and [`graph`] the node in the graph.
 
 pub mod graph;
 pub mod host;
+pub mod logits;
 pub mod rows;
 
 use crate::divergence::Divergence;
