@@ -115,7 +115,7 @@ fn student(config: DecoderConfig, batch: usize, sequence: usize, top_k: usize, s
             label_log_prob: vec![-3.0; rows],
         }],
     };
-    let source = MadeUp { batch: DistillBatch { sequences, targets: Some(targets) } };
+    let source = MadeUp { batch: DistillBatch { sequences, targets: Some(targets), row_weights: None } };
     let weighting = Weighting::Constant { soft: 0.5 };
     let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(weighting, 1).init()?;
     let model = Decoder::load(config, &RandomWeights { seed: 1, std: 0.02 }, &Device::flex().autodiff())?;

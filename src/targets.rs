@@ -116,6 +116,8 @@ pub struct DistillBatch {
     /// Rows of all sequences, one after the other: `sequences.len() * seq_len` of them.
     /// Rows where [`PackedSequence::is_valid`] is false keep no ids.
     pub targets: Option<SparseTargets>,
+    /// A weight for each row's loss, 0 for rows that are masked. `None`: every row that counts has weight 1.
+    pub row_weights: Option<Vec<f32>>,
 }
 
 impl DistillBatch {

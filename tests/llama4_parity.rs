@@ -182,7 +182,8 @@ fn packed_documents_give_what_each_gives_alone() {
         // A packed sequence has one token more than it has rows; it starts a document of its own.
         tokens.push(0);
         segments.push(3);
-        let batch = DistillBatch { sequences: vec![PackedSequence { tokens, segments }], targets: None };
+        let batch =
+            DistillBatch { sequences: vec![PackedSequence { tokens, segments }], targets: None, row_weights: None };
         let layout = TokenLayout::of_batch(&model.config, &batch);
         let logits = model.logits(model.forward(&layout).0);
         assert_within(name, &values(logits), &wanted, LOGITS);

@@ -44,7 +44,7 @@ fn batch_of(sequences: Vec<PackedSequence>, teacher: &[f32], vocab: usize, k: us
             targets.extend(&SparseTargets { offsets, ids, captures: vec![capture] });
         }
     }
-    DistillBatch { sequences, targets: Some(targets) }
+    DistillBatch { sequences, targets: Some(targets), row_weights: None }
 }
 
 fn forward(config: DistillLossConfig, logits: &[f32], vocab: usize, batch: &DistillBatch) -> (LossOutput, Vec<f32>) {
@@ -108,8 +108,8 @@ fn values_and_gradients_equal_the_oracle() {
             assert!((a - b).abs() <= 2e-6 * b.abs().max(1.0), "vocab {vocab} k {k}: {what} {a} instead of {b}");
         };
         assert_eq!(output.token_count, count);
-        close(output.soft_sum.unwrap(), soft, "soft");
-        close(output.hard_sum, hard, "hard");
+        close(output.soft.unwrap().sum, soft, "soft");
+        close(output.hard.sum, hard, "hard");
         let largest = truth.iter().fold(0.0f64, |m, v| m.max(v.abs()));
         for (i, (a, b)) in gradient.iter().zip(&truth).enumerate() {
             assert!((*a as f64 - b).abs() <= 1e-5 * largest, "vocab {vocab} k {k}: gradient[{i}] {a} instead of {b}");
@@ -138,9 +138,9 @@ fn the_goldens_of_the_bucketed_divergence_are_met() {
         let (output, gradient) = forward(config, &student, vocab, &batch);
         let golden = load(&format!("loss.topk16_ghost_T{temperature}"));
         let sum: f64 = golden.iter().map(|&v| v as f64).sum();
-        assert!((output.soft_sum.unwrap() - sum).abs() < 1e-5 * sum, "{:?} instead of {sum}", output.soft_sum);
+        assert!((output.soft.unwrap().sum - sum).abs() < 1e-5 * sum, "{:?} instead of {sum}", output.soft);
         let hard: f64 = load("loss.ce_hard").iter().map(|&v| v as f64).sum();
-        assert!((output.hard_sum - hard).abs() < 1e-5 * hard);
+        assert!((output.hard.sum - hard).abs() < 1e-5 * hard);
         for (i, (a, b)) in gradient.iter().zip(load(&format!("grad.topk16_ghost_T{temperature}"))).enumerate() {
             assert!((a - b).abs() < 1e-5, "gradient[{i}] {a} instead of {b}");
         }
@@ -174,7 +174,7 @@ fn missing_soft_targets_are_an_error_not_a_fallback() {
     let message = |temperature, batch: &DistillBatch| {
         loss(temperature).forward_logits(0, logits.clone(), batch).unwrap_err().to_string()
     };
-    let bare = DistillBatch { sequences: documents(vocab), targets: None };
+    let bare = DistillBatch { sequences: documents(vocab), targets: None, row_weights: None };
     assert_eq!(
         message(1.0, &bare),
         "the loss weighs soft targets but the batch has none; precompute them, or set the soft weight to 0"

@@ -183,7 +183,8 @@ fn the_control_differs_from_the_student_by_its_loss_alone() {
     distill::run(&small.recipe(&["train.steps=6"]), &small.options("run")).unwrap();
     assert!(weights(&small.path("run"), 6) != weights(&small.path("run/control"), 6));
     let (student, control) = (logged(&small.path("run"), "student").0, logged(&small.path("run"), "control").0);
-    assert_eq!(student[0].hard_loss, control[0].hard_loss);
+    // The student's kept ids are added up apart from the others, so the last digits may differ.
+    assert!((student[0].hard_loss / control[0].hard_loss - 1.0).abs() < 1e-7);
     assert_eq!(student[0].expert_load, control[0].expert_load);
     assert_eq!((student[0].soft_weight, control[0].soft_weight), (0.5, 0.0));
     for (student, control) in student.iter().zip(&control) {

@@ -25,12 +25,12 @@ fn the_bundled_teacher_predicts_text_it_never_saw() {
     let source = DataSource::new(quickstart().join("text/validation.jsonl").to_string_lossy());
     let mut loader = DataLoader::new(&DataConfig::new(vec![source], 256), &tokenizer).unwrap();
     let sequences = (0..8).map(|_| loader.next_sequence().unwrap().unwrap()).collect();
-    let batch = DistillBatch { sequences, targets: None };
+    let batch = DistillBatch { sequences, targets: None, row_weights: None };
     let layout = TokenLayout::of_batch(&model.config, &batch);
     let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(Weighting::hard_only(), 1).init().unwrap();
     let (hidden, routings) = model.forward(&layout);
     let output = loss.forward(0, hidden, model.lm_head(), &batch).unwrap();
-    let cross_entropy = output.hard_sum / output.token_count as f64;
+    let cross_entropy = output.hard.sum / output.token_count as f64;
     assert!(cross_entropy < 4.0, "{cross_entropy} nats a token; a uniform guess is 7.6");
     for (block, routing) in routings.iter().enumerate() {
         let used = routing.loads().iter().filter(|&&load| load > 0).count();

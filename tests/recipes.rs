@@ -227,7 +227,8 @@ fn a_wrong_type_names_key_value_and_what_is_allowed() {
     );
     assert_eq!(
         mistake_in("[cache]", "[loss]\nweighting = { kind = \"square\" }\n[cache]"),
-        "line 12: `loss.weighting.kind` is `square`; allowed: `constant`, `linear`, `cosine`"
+        "line 12: `loss.weighting.kind` is `square`; allowed: `constant`, `linear`, `cosine`, `wsd`, `magnitude_match`, \
+         `gradient_norm`, `uncertainty`, `teacher_confidence`, `teacher_entropy`, `student_gap`, `taid`, `llama4`"
     );
     assert_eq!(
         mistake_in("[teacher]", "[teacher]\nmode = \"resdient\""),

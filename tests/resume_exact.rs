@@ -71,7 +71,7 @@ impl TargetSource for Source {
         let sequences = numbers.iter().map(|&number| self.sequences[number as usize].clone()).collect();
         let mut targets = SparseTargets::empty(&[1.0]);
         numbers.iter().for_each(|&number| targets.extend(&self.targets[number as usize]));
-        Ok(DistillBatch { sequences, targets: Some(targets) })
+        Ok(DistillBatch { sequences, targets: Some(targets), row_weights: None })
     }
 }
 

@@ -148,6 +148,6 @@ impl TargetSource for CacheReader {
                 targets.extend(rows);
             }
         }
-        Ok(DistillBatch { sequences, targets })
+        Ok(DistillBatch { sequences, targets, row_weights: None })
     }
 }

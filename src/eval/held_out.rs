@@ -1,7 +1,5 @@
 //! Measures of a model on held-out text: how well it predicts it, and how close it is to the teacher.
 
-use limbeck_kernels::vector_math::max;
-
 use super::report::Evaluation;
 use crate::{
     error::Result,
@@ -33,21 +31,14 @@ pub fn evaluate(
         let soft = batch.targets.as_ref().is_some_and(|targets| targets.capture(1.0).is_some());
         let layout = TokenLayout::of_batch(&model.config, &batch);
         let (hidden, routings) = model.forward(&layout);
-        let logits = model.logits(hidden);
         let weighting = Weighting::Constant { soft: if soft { 0.5 } else { 0.0 } };
         let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(weighting, 1).init()?;
-        let output = loss.forward_logits(0, logits.clone(), &batch)?;
-        hard_sum += output.hard_sum;
+        let output = loss.forward(0, hidden, model.lm_head(), &batch)?;
+        hard_sum += output.hard.sum;
         token_count += output.token_count;
-        if let (Some(sum), Some(targets)) = (output.soft_sum, &batch.targets) {
-            *soft_sum.get_or_insert(0.0) += sum;
-            let values = logits.into_data().try_into_vec::<f32>().expect("logits are f32");
-            for (row, values) in values.chunks(model.config.vocab_size).enumerate() {
-                let (from, to) = (targets.offsets[row] as usize, targets.offsets[row + 1] as usize);
-                if from < to && values[targets.ids[from] as usize] == max(values) {
-                    agreed += 1;
-                }
-            }
+        if let (Some(soft), Some(same)) = (output.soft, output.agreed) {
+            *soft_sum.get_or_insert(0.0) += soft.sum;
+            agreed += same;
         }
         loads.resize(routings.len(), vec![]);
         for (loads, routing) in loads.iter_mut().zip(&routings) {

@@ -170,11 +170,19 @@ fn training(page: &mut String, report: &Report) {
                  two lines are not comparable."
         .to_string();
 
+    let student = report.curves.iter().find(|curves| curves.role == Role::Student);
+    let pair = |soft: &[(u64, f64)], hard: &[(u64, f64)]| {
+        [("soft", Color::Blue, Stroke::Solid, soft), ("hard", Color::Purple, Stroke::Dashed, hard)]
+            .map(|(name, color, stroke, values)| Series { name: name.into(), color, stroke, points: points(values) })
+    };
     let mut weights = LineChart { from_zero: true, ..LineChart::new("Loss weights of the student", "step", "weight") };
-    if let Some(student) = report.curves.iter().find(|curves| curves.role == Role::Student) {
-        let (soft, hard) = (points(&student.soft_weight), points(&student.hard_weight));
-        weights.series.push(Series { name: "soft".into(), color: Color::Blue, stroke: Stroke::Solid, points: soft });
-        weights.series.push(Series { name: "hard".into(), color: Color::Purple, stroke: Stroke::Dashed, points: hard });
+    let mut pulls = LineChart::new("Pull of the student's targets", "step", "gradient norm in a token's logits");
+    pulls.note = "Of each loss alone, before its weight.".to_string();
+    if let Some(student) = student {
+        weights.series.extend(pair(&student.soft_weight, &student.hard_weight));
+        if !student.soft_gradient_norm.is_empty() {
+            pulls.series.extend(pair(&student.soft_gradient_norm, &student.hard_gradient_norm));
+        }
     }
 
     let mut rate = line_chart(report, "Learning rate", "learning rate", |curves| &curves.learning_rate);
@@ -190,6 +198,11 @@ fn training(page: &mut String, report: &Report) {
         soft.series.retain(|series| !series.points.is_empty());
         soft.settle = true;
         charts.insert(3, soft);
+    }
+    if !pulls.series.is_empty() {
+        let place =
+            charts.iter().position(|chart| chart.title.starts_with("Loss weights")).map_or(0, |place| place + 1);
+        charts.insert(place, pulls);
     }
     for chart in charts {
         let _ = writeln!(page, "<div class=\"card\">{}</div>", chart.figure());

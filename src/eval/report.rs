@@ -139,6 +139,10 @@ pub struct Curves {
     #[serde(default, deserialize_with = "points_or_nan")]
     pub hard_weight: Vec<(u64, f64)>,
     #[serde(default, deserialize_with = "points_or_nan")]
+    pub soft_gradient_norm: Vec<(u64, f64)>,
+    #[serde(default, deserialize_with = "points_or_nan")]
+    pub hard_gradient_norm: Vec<(u64, f64)>,
+    #[serde(default, deserialize_with = "points_or_nan")]
     pub learning_rate: Vec<(u64, f64)>,
     #[serde(default, deserialize_with = "points_or_nan")]
     pub grad_norm: Vec<(u64, f64)>,
@@ -157,6 +161,8 @@ impl Curves {
             held_out: Vec::new(),
             soft_weight: Vec::new(),
             hard_weight: Vec::new(),
+            soft_gradient_norm: Vec::new(),
+            hard_gradient_norm: Vec::new(),
             learning_rate: Vec::new(),
             grad_norm: Vec::new(),
             tokens_per_second: Vec::new(),
@@ -169,6 +175,8 @@ impl Curves {
                     curves.soft_loss.extend(line.soft_loss.map(|value| (line.step, value)));
                     curves.soft_weight.push((line.step, line.soft_weight));
                     curves.hard_weight.push((line.step, line.hard_weight));
+                    curves.soft_gradient_norm.extend(line.soft_gradient_norm.map(|value| (line.step, value)));
+                    curves.hard_gradient_norm.push((line.step, line.hard_gradient_norm));
                     curves.learning_rate.push((line.step, line.learning_rate));
                     curves.grad_norm.push((line.step, line.grad_norm));
                     curves.tokens_per_second.push((line.step, line.tokens_per_second));

@@ -1,34 +1,31 @@
 //! Soft and hard targets in one loss.
 //!
-//! T tokens (rows), V vocabulary, K kept ids, D width. With teacher p and student q at temperature tau, both over the
-//! K kept ids and one tail outcome that stands for everything else:
+//! T tokens (rows), V vocabulary, k kept ids, D width. With teacher P and student Q at temperature tau, both over the
+//! k kept ids and one tail outcome that stands for everything else:
 //!
-//! `L = sum_t [ w_soft * tau^2 * KL(p_t || q_t) + w_hard * -ln q_t(label) ]`
+//! `L = sum_t r_t [ w_soft(t) * tau^2 * d(P_t, Q_t) + w_hard(t) * -ln q_t(label) ]`
 //!
 //! The student's probabilities come from its full softmax and its tail is summed over the ids not kept, never had as
-//! one minus the rest; bucketing gives a lower bound of the divergence over the whole vocabulary (data processing
-//! inequality), so it is never negative.
+//! one minus the rest. `r_t` are the batch's row weights, 1 unless given. [`DistillLoss::forward`] never has the logits
+//! of a batch in memory.
 
 use std::sync::Arc;
 
-use burn::tensor::{Tensor, TensorData};
-use limbeck_kernels::logsumexp_gather::{RowEntries, logsumexp_gather};
+use burn::tensor::Tensor;
+use limbeck_kernels::fused_linear_distill::{
+    LinearDistill, LossSettings, NO_LABEL, RowMeasures, RowTargets, RowWeights, distill_logits, graph::SharedWeigh,
+    linear_distill,
+};
 use serde::{Deserialize, Serialize};
 
-use super::{Weighting, Weights};
+use super::{
+    Divergence, Weighting, Weights,
+    weighting::{StepMeans, TokenFacts, WeightingState},
+};
 use crate::{
     error::{Error, Result},
     targets::DistillBatch,
 };
-
-/// How far the student's distribution is from the teacher's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Divergence {
-    /// `sum p ln(p / q)`: covers what the teacher holds possible. Hinton et al. 2015.
-    #[default]
-    ForwardKl,
-}
 
 /// What becomes of the probability outside the kept ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -51,6 +48,8 @@ pub struct DistillLossConfig {
     pub weighting: Weighting,
     /// Steps over which the weighting runs.
     pub total_steps: u64,
+    /// The kept ids were drawn from the teacher, and their log-probabilities are logs of the draws' shares.
+    pub sampled_targets: bool,
 }
 
 impl DistillLossConfig {
@@ -62,6 +61,7 @@ impl DistillLossConfig {
             t_scale: true,
             weighting: Weighting::Constant { soft: 0.5 },
             total_steps: 1,
+            sampled_targets: false,
         }
     }
 
@@ -83,13 +83,40 @@ impl DistillLossConfig {
         self
     }
 
+    /// Targets that were drawn from the teacher rather than its likeliest ids.
+    pub fn with_sampled_targets(mut self) -> Self {
+        self.sampled_targets = true;
+        self
+    }
+
+    /// # Errors
+    /// For parameters without meaning, and for combinations that compute something other than they say.
     pub fn init(self) -> Result<DistillLoss> {
+        self.check()?;
+        Ok(DistillLoss { config: self, state: WeightingState::default() })
+    }
+
+    /// Whether [`init`](Self::init) would take it.
+    pub fn check(&self) -> Result<()> {
         self.weighting.check()?;
+        self.divergence.check().map_err(|invalid| Error::usage(invalid.problem, invalid.tip))?;
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             let problem = format!("temperature {} is not positive", self.temperature);
             return Err(Error::usage(problem, "give a number above 0, such as 1.0"));
         }
-        Ok(DistillLoss { config: self })
+        if self.sampled_targets && !self.divergence.is_linear_in_the_teacher() {
+            let problem = format!("{} of sampled targets is biased", self.divergence.name());
+            return Err(Error::usage(problem, "use `forward_kl` or `soft_cross_entropy`, or keep the likeliest ids"));
+        }
+        if self.sampled_targets && matches!(self.weighting, Weighting::TeacherEntropy { .. }) {
+            let problem = "the entropy of sampled targets is not the teacher's";
+            return Err(Error::usage(problem, "use another weighting, or keep the likeliest ids"));
+        }
+        if matches!(self.weighting, Weighting::Taid { .. }) && !matches!(self.divergence, Divergence::Taid { .. }) {
+            let problem = format!("the weighting `taid` moves a teacher that {} has not", self.divergence.name());
+            return Err(Error::usage(problem, "use the divergence `taid` with it"));
+        }
+        Ok(())
     }
 }
 
@@ -97,19 +124,60 @@ impl DistillLossConfig {
 #[derive(Debug, Clone)]
 pub struct DistillLoss {
     config: DistillLossConfig,
+    state: WeightingState,
 }
 
 /// Sums over the rows that count, and how many those are.
 #[derive(Debug)]
 pub struct LossOutput {
-    /// `w_soft * tau^2 * soft + w_hard * hard`, summed: what to call `backward` on. `[1]`
+    /// The weighted losses, summed: what to call `backward` on. `[1]`
     pub sum: Tensor<1>,
-    /// Summed divergence in nats, before weight and temperature factor; `None` without soft targets.
-    pub soft_sum: Option<f64>,
-    /// Summed cross-entropy of the labels in nats, before its weight.
-    pub hard_sum: f64,
+    /// The same, in f64.
+    pub value: f64,
+    /// Rows that count.
     pub token_count: u64,
+    /// What each kind of target gave, unweighted; `None` without soft targets.
+    pub soft: Option<TargetSums>,
+    pub hard: TargetSums,
+    /// Sums of the rows' weights.
     pub weights: Weights,
+    /// Rows in which student and teacher hold the same id likeliest; `None` without soft targets.
+    pub agreed: Option<u64>,
+}
+
+/// Sums of one kind of target over the rows that have it, before weight and temperature factor.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct TargetSums {
+    /// Nats.
+    pub sum: f64,
+    pub count: u64,
+    /// Squared norm of the loss's gradient in a row's logits, with the temperature factor, summed over the rows.
+    pub gradient_square: f64,
+}
+
+impl TargetSums {
+    fn add(&mut self, loss: f64, gradient_square: f64) {
+        self.sum += loss;
+        self.count += 1;
+        self.gradient_square += gradient_square;
+    }
+
+    /// Joins the sums of other rows.
+    pub fn join(&mut self, other: &TargetSums) {
+        self.sum += other.sum;
+        self.count += other.count;
+        self.gradient_square += other.gradient_square;
+    }
+
+    /// Nats per row that has the target.
+    pub fn mean(&self) -> f64 {
+        self.sum / self.count.max(1) as f64
+    }
+
+    /// Root of the mean square of the gradient in a row's logits.
+    pub fn gradient_norm(&self) -> f64 {
+        (self.gradient_square / self.count.max(1) as f64).sqrt()
+    }
 }
 
 impl LossOutput {
@@ -124,10 +192,37 @@ impl DistillLoss {
         &self.config
     }
 
-    /// From the student's hidden states.
+    /// What the weighting remembers.
+    pub fn state(&self) -> &WeightingState {
+        &self.state
+    }
+
+    /// Goes on with what an earlier run remembered.
+    pub fn with_state(mut self, state: WeightingState) -> Self {
+        self.state = state;
+        self
+    }
+
+    /// Takes note of a step that is over, micro-batches and all; weightings that follow the losses need it.
+    pub fn end_step(&mut self, step: u64, soft: Option<&TargetSums>, hard: &TargetSums) {
+        let Some(soft) = soft else { return };
+        let means = StepMeans {
+            soft: soft.mean(),
+            hard: hard.mean(),
+            soft_gradient_norm: soft.gradient_norm(),
+            hard_gradient_norm: hard.gradient_norm(),
+        };
+        self.config.weighting.end_step(&mut self.state, &means, step, self.config.total_steps);
+    }
+
+    /// From the student's hidden states, without the logits of the batch in memory.
     ///
     /// # Shapes
     /// - `hidden` `[T, D]`, `lm_head` `[V, D]`, T the batch's rows
+    ///
+    /// # Errors
+    /// When the weighting asks for soft targets and the batch has none at the loss's temperature, or none for a row
+    /// that counts; never falls back to the hard target alone. When an id lies beyond the vocabulary.
     pub fn forward(
         &self,
         step: u64,
@@ -135,7 +230,10 @@ impl DistillLoss {
         lm_head: Tensor<2>,
         batch: &DistillBatch,
     ) -> Result<LossOutput> {
-        self.forward_logits(step, hidden.matmul(lm_head.transpose()), batch)
+        let vocab = lm_head.dims()[0];
+        self.with_targets(step, batch, vocab, |targets, settings, weigh| {
+            linear_distill(hidden, lm_head, targets, settings, weigh)
+        })
     }
 
     /// From the student's logits.
@@ -144,59 +242,132 @@ impl DistillLoss {
     /// - `logits` `[T, V]`, T the batch's rows
     ///
     /// # Errors
-    /// When the weighting asks for soft targets and the batch has none at the loss's temperature, or none for a row
-    /// that counts; never falls back to the hard target alone.
+    /// As [`forward`](Self::forward).
     pub fn forward_logits(&self, step: u64, logits: Tensor<2>, batch: &DistillBatch) -> Result<LossOutput> {
-        let config = &self.config;
-        let weights = config.weighting.weights(step, config.total_steps);
-        let soft = match &batch.targets {
-            _ if !config.weighting.needs_soft_targets() => None,
-            Some(_) => Some(SoftRows::new(batch, config.temperature)?),
-            None => {
-                return Err(Error::usage(
-                    "the loss weighs soft targets but the batch has none",
-                    "precompute them, or set the soft weight to 0",
-                ));
-            }
-        };
-        let device = logits.device();
-        let valid = valid_rows(batch);
-        let token_count = valid.iter().filter(|&&valid| valid).count() as u64;
-        let rows = valid.len();
-        let column = |values: Vec<f32>| Tensor::<2>::from_data(TensorData::new(values, [rows, 1]), &device);
-        let mask = column(valid.iter().map(|&valid| valid as u8 as f32).collect());
-
-        let labels = RowEntries::labels(labels(batch));
-        let entries = match &soft {
-            Some(soft) if config.temperature == 1.0 => RowEntries { labels: labels.labels.clone(), ..soft.entries() },
-            _ => labels,
-        };
-        let columns = logsumexp_gather(logits.clone(), &entries);
-        let hard = ((columns.clone().narrow(1, 0, 1) - columns.clone().narrow(1, 2, 1)) * mask).sum();
-        let hard_sum = scalar(&hard);
-        let mut sum = hard * weights.hard;
-        let mut soft_sum = None;
-        if let Some(soft) = soft {
-            let columns = match config.temperature {
-                1.0 => columns,
-                temperature => logsumexp_gather(
-                    logits / temperature,
-                    &RowEntries { labels: entries.labels.clone(), ..soft.entries() },
-                ),
-            };
-            let all = columns.clone().narrow(1, 0, 1);
-            let log_tail = columns.clone().narrow(1, 1, 1) - all.clone();
-            let log_kept = columns.narrow(1, 3, soft.width) - all;
-            let probabilities = TensorData::new(soft.probabilities, [rows, soft.width]);
-            let crossed =
-                (log_kept * Tensor::from_data(probabilities, &device)).sum() + (log_tail * column(soft.tails)).sum();
-            let divergence = -crossed + soft.negative_entropy;
-            soft_sum = Some(scalar(&divergence));
-            let scale = if config.t_scale { (config.temperature as f64).powi(2) } else { 1.0 };
-            sum = sum + divergence * (weights.soft * scale);
-        }
-        Ok(LossOutput { sum, soft_sum, hard_sum, token_count, weights })
+        let vocab = logits.dims()[1];
+        self.with_targets(step, batch, vocab, |targets, settings, weigh| {
+            distill_logits(logits, &targets, &settings, &weigh)
+        })
     }
+
+    fn with_targets(
+        &self,
+        step: u64,
+        batch: &DistillBatch,
+        vocab: usize,
+        run: impl FnOnce(Arc<RowTargets>, LossSettings, SharedWeigh) -> LinearDistill,
+    ) -> Result<LossOutput> {
+        let config = &self.config;
+        let valid = valid_rows(batch);
+        let temperature = config.weighting.needs_soft_targets().then_some(config.temperature);
+        let targets = Arc::new(row_targets(batch, &valid, temperature)?);
+        targets.check(vocab).map_err(|problem| {
+            Error::usage(problem, "give teacher, student and text the same tokenizer, and precompute the cache again")
+        })?;
+        let mut settings =
+            LossSettings { divergence: config.divergence, temperature: config.temperature, t_scale: config.t_scale };
+        if let Some(teacher) = config.weighting.teacher_share(&self.state, step, config.total_steps) {
+            settings.divergence = Divergence::Taid { teacher };
+        }
+        let output = run(targets.clone(), settings, self.weigh(step, batch, &targets)?);
+        Ok(gather(output, &targets, temperature.is_some()))
+    }
+
+    /// The weights of each row.
+    fn weigh(&self, step: u64, batch: &DistillBatch, targets: &RowTargets) -> Result<SharedWeigh> {
+        let config = &self.config;
+        let of_step = config.weighting.weights(&self.state, step, config.total_steps);
+        let row_weights = batch.row_weights.clone();
+        if let Some(weights) = &row_weights
+            && let Some(row) = weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.0))
+        {
+            let problem = format!("row {row} has weight {}", weights[row]);
+            return Err(Error::usage(problem, "give finite weights that are not negative"));
+        }
+        let row_weight = move |row: usize| row_weights.as_ref().map_or(1.0, |weights| weights[row] as f64);
+        if !config.weighting.is_per_token() {
+            return Ok(Arc::new(move |row, _| narrow(of_step, row_weight(row))));
+        }
+        let label_log_probs = batch.targets.as_ref().and_then(|targets| targets.capture(config.temperature));
+        let label_log_probs = label_log_probs.expect("checked with the targets").label_log_prob.clone();
+        let needs_entropy = matches!(config.weighting, Weighting::TeacherEntropy { .. });
+        let entropies: Vec<f64> =
+            (0..targets.row_count()).map(|row| if needs_entropy { entropy(targets, row) } else { 0.0 }).collect();
+        let weighting = config.weighting.clone();
+        Ok(Arc::new(move |row, measures| {
+            let facts = TokenFacts {
+                label_log_prob: label_log_probs[row] as f64,
+                entropy: entropies[row],
+                student_loss: measures.hard,
+            };
+            narrow(weighting.token_weights(of_step, &facts), row_weight(row))
+        }))
+    }
+}
+
+fn narrow(weights: Weights, factor: f64) -> RowWeights {
+    RowWeights { soft: (weights.soft * factor) as f32, hard: (weights.hard * factor) as f32 }
+}
+
+/// Entropy of the teacher's outcomes in nats.
+fn entropy(targets: &RowTargets, row: usize) -> f64 {
+    let outcomes = targets.log_probs[targets.kept(row)].iter().chain(&targets.log_tail[row..=row]);
+    outcomes.filter(|log| **log > f32::NEG_INFINITY).map(|&log| -(log as f64).exp() * log as f64).sum()
+}
+
+fn gather(output: LinearDistill, targets: &RowTargets, needs_soft: bool) -> LossOutput {
+    let (mut soft, mut hard) = (TargetSums::default(), TargetSums::default());
+    let mut weights = Weights { soft: 0.0, hard: 0.0 };
+    let (mut token_count, mut agreed) = (0, 0);
+    for (row, found) in output.rows.iter().enumerate() {
+        let Some((measures, row_weights)): &Option<(RowMeasures, RowWeights)> = found else { continue };
+        token_count += 1;
+        weights.soft += row_weights.soft as f64;
+        weights.hard += row_weights.hard as f64;
+        if let Some(first) = targets.ids[targets.kept(row)].first() {
+            soft.add(measures.soft, measures.soft_gradient_square);
+            agreed += (*first == measures.argmax) as u64;
+        }
+        if targets.labels[row] != NO_LABEL {
+            hard.add(measures.hard, measures.hard_gradient_square);
+        }
+    }
+    LossOutput {
+        sum: output.loss,
+        value: output.value,
+        token_count,
+        soft: needs_soft.then_some(soft),
+        hard,
+        weights,
+        agreed: needs_soft.then_some(agreed),
+    }
+}
+
+/// The divergence of each row alone, in nats, before any weight or temperature factor. Rows that do not count have 0.
+///
+/// # Shapes
+/// - `logits` `[T, V]`, T the batch's rows; result `[T]`
+///
+/// # Errors
+/// When the divergence's parameters have no meaning, and as [`DistillLoss::forward`].
+pub fn divergence(
+    divergence: Divergence,
+    temperature: f32,
+    logits: Tensor<2>,
+    batch: &DistillBatch,
+) -> Result<Tensor<1>> {
+    DistillLossConfig::new(divergence).with_temperature(temperature, false).check()?;
+    let mut targets = row_targets(batch, &valid_rows(batch), Some(temperature))?;
+    let [rows, vocab] = logits.dims();
+    targets.labels.fill(NO_LABEL);
+    targets.check(vocab).map_err(|problem| Error::usage(problem, "give targets of the student's vocabulary"))?;
+    let settings = LossSettings { divergence, temperature, t_scale: false };
+    let weigh: SharedWeigh = Arc::new(|_, _| RowWeights { soft: 1.0, hard: 0.0 });
+    let device = logits.device();
+    let (values, slope) = limbeck_kernels::fused_linear_distill::row_slopes(logits, &targets, &settings, &weigh);
+    let values: Vec<f32> = values.iter().map(|found| found.map_or(0.0, |(measures, _)| measures.soft as f32)).collect();
+    let values = Tensor::<1>::from_data(burn::tensor::TensorData::new(values, [rows]), &device);
+    Ok(slope.clone() - slope.detach() + values)
 }
 
 /// The number in a tensor of one element.
@@ -206,7 +377,9 @@ pub fn scalar(tensor: &Tensor<1>) -> f64 {
 
 /// Which rows carry a loss.
 pub fn valid_rows(batch: &DistillBatch) -> Vec<bool> {
-    batch.sequences.iter().flat_map(|sequence| (0..sequence.seq_len()).map(|t| sequence.is_valid(t))).collect()
+    let weights = batch.row_weights.as_deref();
+    let rows = batch.sequences.iter().flat_map(|sequence| (0..sequence.seq_len()).map(|t| sequence.is_valid(t)));
+    rows.enumerate().map(|(row, valid)| valid && weights.is_none_or(|weights| weights[row] != 0.0)).collect()
 }
 
 /// The token each row predicts.
@@ -214,75 +387,45 @@ pub fn labels(batch: &DistillBatch) -> Vec<u32> {
     batch.sequences.iter().flat_map(|sequence| sequence.tokens[1..].iter().copied()).collect()
 }
 
-/// Soft targets as rectangles, padded with probability 0.
-struct SoftRows {
-    width: usize,
-    ids: Arc<Vec<u32>>,
-    counts: Arc<Vec<u32>>,
-    probabilities: Vec<f32>,
-    tails: Vec<f32>,
-    /// `sum p ln p` over all outcomes of all rows.
-    negative_entropy: f64,
-}
-
-impl SoftRows {
-    fn new(batch: &DistillBatch, temperature: f32) -> Result<Self> {
-        let targets = batch.targets.as_ref().expect("checked by the caller");
-        let Some(capture) = targets.capture(temperature) else {
-            let captured: Vec<String> = targets.captures.iter().map(|c| c.temperature.to_string()).collect();
+/// The rows' labels, and their soft targets at `temperature` if any are wanted.
+fn row_targets(batch: &DistillBatch, valid: &[bool], temperature: Option<f32>) -> Result<RowTargets> {
+    let labels = labels(batch).into_iter().zip(valid);
+    let labels = labels.map(|(label, &valid)| if valid { label } else { NO_LABEL }).collect();
+    let Some(temperature) = temperature else { return Ok(RowTargets::labels(labels)) };
+    let Some(targets) = &batch.targets else {
+        return Err(Error::usage(
+            "the loss weighs soft targets but the batch has none",
+            "precompute them, or set the soft weight to 0",
+        ));
+    };
+    let Some(capture) = targets.capture(temperature) else {
+        let captured: Vec<String> = targets.captures.iter().map(|c| c.temperature.to_string()).collect();
+        return Err(Error::usage(
+            format!("no soft targets at temperature {temperature}, only at {}", captured.join(", ")),
+            "capture them at the loss's temperature: add it to cache.temperatures",
+        ));
+    };
+    if targets.row_count() != valid.len() {
+        let problem = format!("{} rows of soft targets for {} predictions", targets.row_count(), valid.len());
+        return Err(Error::usage(problem, "give one row per prediction"));
+    }
+    let mut rows = RowTargets { labels, offsets: vec![0], ..RowTargets::default() };
+    rows.ids.reserve(targets.ids.len());
+    rows.log_probs.reserve(targets.ids.len());
+    for (row, &valid) in valid.iter().enumerate() {
+        let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
+        if valid && kept.is_empty() {
             return Err(Error::usage(
-                format!("no soft targets at temperature {temperature}, only at {}", captured.join(", ")),
-                "capture them at the loss's temperature: add it to cache.temperatures",
+                format!("row {row} counts but has no soft target"),
+                "precompute the cache again, or set the soft weight to 0",
             ));
-        };
-        let rows = targets.row_count();
-        let valid = valid_rows(batch);
-        if rows != valid.len() {
-            let problem = format!("{rows} rows of soft targets for {} predictions", valid.len());
-            return Err(Error::usage(problem, "give one row per prediction"));
         }
-        let bounds = |row: usize| targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
-        let width = (0..rows).map(|row| bounds(row).len()).max().unwrap_or(0).max(1);
-        let mut soft = SoftRows {
-            width,
-            ids: Arc::default(),
-            counts: Arc::default(),
-            probabilities: vec![0.0; rows * width],
-            tails: vec![0.0; rows],
-            negative_entropy: 0.0,
-        };
-        let (mut ids, mut counts) = (vec![0u32; rows * width], vec![0u32; rows]);
-        let weigh = |log_prob: f32| if log_prob == f32::NEG_INFINITY { 0.0 } else { log_prob.exp() };
-        for row in (0..rows).filter(|&row| valid[row]) {
-            let kept = bounds(row);
-            if kept.is_empty() {
-                return Err(Error::usage(
-                    format!("row {row} counts but has no soft target"),
-                    "precompute the cache again, or set the soft weight to 0",
-                ));
-            }
-            counts[row] = kept.len() as u32;
-            ids[row * width..][..kept.len()].copy_from_slice(&targets.ids[kept.clone()]);
-            let mut negative_entropy = 0.0;
-            for (place, &log_prob) in capture.log_probs[kept].iter().enumerate() {
-                let probability = weigh(log_prob);
-                soft.probabilities[row * width + place] = probability;
-                negative_entropy += probability as f64 * log_prob as f64;
-            }
-            let log_tail = capture.log_tail[row];
-            soft.tails[row] = weigh(log_tail);
-            if soft.tails[row] > 0.0 {
-                negative_entropy += soft.tails[row] as f64 * log_tail as f64;
-            }
-            soft.negative_entropy += negative_entropy;
+        if valid {
+            rows.ids.extend_from_slice(&targets.ids[kept.clone()]);
+            rows.log_probs.extend_from_slice(&capture.log_probs[kept]);
         }
-        soft.ids = Arc::new(ids);
-        soft.counts = Arc::new(counts);
-        Ok(soft)
+        rows.offsets.push(rows.ids.len());
+        rows.log_tail.push(if valid { capture.log_tail[row] } else { f32::NEG_INFINITY });
     }
-
-    /// Kept entries; the labels are the caller's.
-    fn entries(&self) -> RowEntries {
-        RowEntries { labels: Arc::default(), kept: self.ids.clone(), counts: self.counts.clone() }
-    }
+    Ok(rows)
 }

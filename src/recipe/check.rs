@@ -4,6 +4,7 @@
 use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode};
 use crate::data::{DataSource, HeldOut};
 use crate::error::Result;
+use crate::loss::{Divergence, Weighting};
 
 /// Refuses a recipe that cannot be run whatever the models are.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
@@ -266,9 +267,16 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
         let problem = format!("is {temperature:?}, but `cache.temperatures` = {listed:?} does not capture it");
         return Err(recipe.error("loss.temperature", problem, format!("add {temperature:?} to cache.temperatures")));
     }
+    if let Err(invalid) = loss.divergence.check() {
+        return Err(recipe.error("loss.divergence", format!("is not usable: {}", invalid.problem), invalid.tip));
+    }
     let Some(weighting) = &loss.weighting else { return Ok(()) };
-    for (name, share) in weighting.shares() {
-        recipe.number(&format!("loss.weighting.{name}"), share, (0.0..=1.0).contains(&share), "from 0 to 1")?;
+    for (name, value, range) in weighting.parameters() {
+        recipe.number(&format!("loss.weighting.{name}"), value, range.holds(value), range.words())?;
+    }
+    if matches!(weighting, Weighting::Taid { .. }) && !matches!(loss.divergence, Divergence::Taid { .. }) {
+        let problem = format!("moves a teacher that the divergence `{}` has not", loss.divergence.name());
+        return Err(recipe.error("loss.weighting", problem, "use loss.divergence = \"taid\" with it"));
     }
     if recipe.teacher.is_none() && weighting.needs_soft_targets() {
         let problem = "gives the soft target a weight, and this recipe has no teacher";

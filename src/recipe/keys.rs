@@ -32,8 +32,12 @@ pub(super) fn sections() -> Vec<Section> {
         section::<ControlSection>("control"),
         section::<LearningRateSection>("control.lr"),
         section::<LossSection>("loss"),
+        Section { path: "loss.divergence", keys: &["kind", "beta", "alpha", "head", "teacher"] },
         // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
-        Section { path: "loss.weighting", keys: &["kind", "soft", "from", "to"] },
+        Section {
+            path: "loss.weighting",
+            keys: &["kind", "soft", "from", "to", "decay", "ratio", "momentum", "rate", "power", "scale", "floor"],
+        },
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
         section::<RunSection>("run"),

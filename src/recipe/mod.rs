@@ -6,6 +6,7 @@
 //! Knows nothing of how any part of a run is carried out.
 
 mod check;
+mod divergence_key;
 mod keys;
 mod load;
 mod plan;

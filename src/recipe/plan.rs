@@ -327,8 +327,7 @@ impl fmt::Display for Plan {
             line("", size.to_string())?;
         }
         if recipe.teacher.is_some() {
-            let [first, last] = [0, self.steps].map(|step| recipe.weighting().weights(step, self.steps).soft);
-            line("loss", format!("forward KL, weight {first} at the start, {last} at the end; the text has the rest"))?;
+            line("loss", format!("{}, weight {}", recipe.loss.divergence.name(), recipe.weighting().summary()))?;
         }
         line(
             "training",

@@ -218,7 +218,8 @@ impl Default for ControlSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossSection {
-    /// Default `forward_kl`.
+    /// A name, or a table of `kind` and parameters. Default `forward_kl`.
+    #[serde(with = "super::divergence_key")]
     pub divergence: Divergence,
     /// What becomes of the probability outside the kept ids. Default `bucket`.
     pub tail: Tail,

@@ -49,7 +49,7 @@ impl ResidentTeacher {
     /// # Errors
     /// When the sequences are too long for the teacher, hold ids it does not know, or its predictions are not finite.
     pub fn targets(&self, sequences: &[PackedSequence]) -> Result<Vec<SparseTargets>> {
-        let batch = DistillBatch { sequences: sequences.to_vec(), targets: None };
+        let batch = DistillBatch { sequences: sequences.to_vec(), targets: None, row_weights: None };
         let vocab = self.model.config.vocab_size;
         self.model.config.check_seq_len(batch.seq_len())?;
         if let Some(id) = sequences.iter().flat_map(|sequence| &sequence.tokens).find(|&&id| id as usize >= vocab) {

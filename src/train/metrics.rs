@@ -42,6 +42,13 @@ pub struct StepMetrics {
     pub soft_weight: f64,
     #[serde(deserialize_with = "number_or_nan")]
     pub hard_weight: f64,
+    /// Root of the mean square of the divergence's gradient in a token's logits, before its weight; `None` without soft
+    /// targets.
+    #[serde(default)]
+    pub soft_gradient_norm: Option<f64>,
+    /// The same of the cross-entropy.
+    #[serde(default = "unknown", deserialize_with = "number_or_nan")]
+    pub hard_gradient_norm: f64,
     /// The router's load-balancing loss, unweighted; `None` for a dense model.
     pub aux_loss: Option<f64>,
     #[serde(deserialize_with = "number_or_nan")]
@@ -181,6 +188,11 @@ fn parse<'a>(path: &Path, text: &'a [u8]) -> Result<Vec<(&'a [u8], Metric)>> {
         }
     }
     Ok(metrics)
+}
+
+/// A number that files of earlier versions lack.
+fn unknown() -> f64 {
+    f64::NAN
 }
 
 /// Reads the `null` that JSON has for a number that is not finite.

@@ -26,7 +26,7 @@ use crate::{
         latest_checkpoint,
     },
     error::{Error, Result},
-    loss::{DistillLoss, distill::scalar},
+    loss::{DistillLoss, TargetSums, Weights, distill::scalar},
     models::{Decoder, TokenLayout},
     progress::Progress,
     schedule::LearningRate,
@@ -128,6 +128,8 @@ impl Trainer {
         self.optimizer.load(&mut state, &mut self.model, step, &inner)?;
         let shares = serde_json::from_value(state.values["expert_shares"].clone());
         self.balance = LoadBalance::with_shares(shares.unwrap_or_default());
+        let weighting = serde_json::from_value(state.values["weighting"].clone());
+        self.loss = self.loss.with_state(weighting.unwrap_or_default());
         (self.step, self.tokens_seen) = (step, state.tokens_seen);
         tracing::info!("{}: going on from {}", self.config.arm, path.display());
         Ok(self)
@@ -151,32 +153,34 @@ impl Trainer {
         let began = Instant::now();
         let config = &self.config;
         let numbers = self.order.take(self.step * config.sequences_per_step, config.sequences_per_step);
-        let (mut loss_sum, mut soft_sum, mut hard_sum, mut aux_sum, mut token_count) = (0.0, None, 0.0, None, 0);
-        let mut weights = None;
+        let (mut loss_sum, mut aux_sum, mut token_count) = (0.0, None, 0);
+        let (mut soft, mut hard): (Option<TargetSums>, _) = (None, TargetSums::default());
+        let mut weights = Weights { soft: 0.0, hard: 0.0 };
         for numbers in numbers.chunks(config.sequences_per_micro_batch.max(1) as usize) {
             let batch = source.read(numbers)?;
             let layout = TokenLayout::of_batch(&self.model.config, &batch);
             let (hidden, routings) = self.model.forward(&layout);
             let output = self.loss.forward(self.step, hidden, self.model.lm_head(), &batch)?;
             let mut sum = output.sum;
+            loss_sum += output.value;
             if let Some(aux) = self.balance.gather(&routings) {
-                *aux_sum.get_or_insert(0.0) += scalar(&aux);
+                let value = scalar(&aux);
+                *aux_sum.get_or_insert(0.0) += value;
+                loss_sum += value * config.router_aux_weight;
                 if config.router_aux_weight != 0.0 {
                     sum = sum + aux * config.router_aux_weight;
                 }
             }
-            if let Some(soft) = output.soft_sum {
-                *soft_sum.get_or_insert(0.0) += soft;
+            if let Some(sums) = &output.soft {
+                soft.get_or_insert_default().join(sums);
             }
-            hard_sum += output.hard_sum;
+            hard.join(&output.hard);
             token_count += output.token_count;
-            weights = Some(output.weights);
-            loss_sum += scalar(&sum);
+            weights.soft += output.weights.soft;
+            weights.hard += output.weights.hard;
             self.optimizer.gather(&mut self.model, sum.backward());
         }
         let count = token_count.max(1) as f64;
-        let weights = weights.expect("a step has at least one sequence");
-        let (soft, hard, aux) = (soft_sum.map(|sum| sum / count), hard_sum / count, aux_sum.map(|sum| sum / count));
         let loss = loss_sum / count;
         if !loss.is_finite() {
             return Err(Error::NotFinite {
@@ -187,6 +191,7 @@ impl Trainer {
         let learning_rate = config.learning_rate.value(self.step, config.steps);
         let grad_norm = self.optimizer.step(&mut self.model, learning_rate, token_count)?;
         self.balance.end_step();
+        self.loss.end_step(self.step, soft.as_ref(), &hard);
         self.step += 1;
         self.tokens_seen += token_count;
         Ok(StepMetrics {
@@ -196,11 +201,13 @@ impl Trainer {
             tokens_seen: self.tokens_seen,
             epoch: (self.step - 1) * config.sequences_per_step / source.sequence_count().max(1),
             loss,
-            soft_loss: soft,
-            hard_loss: hard,
-            soft_weight: weights.soft,
-            hard_weight: weights.hard,
-            aux_loss: aux,
+            soft_loss: soft.map(|soft| soft.mean()),
+            hard_loss: hard.mean(),
+            soft_weight: weights.soft / count,
+            hard_weight: weights.hard / count,
+            soft_gradient_norm: soft.map(|soft| soft.gradient_norm()),
+            hard_gradient_norm: hard.gradient_norm(),
+            aux_loss: aux_sum.map(|sum| sum / count),
             learning_rate,
             grad_norm,
             tokens_per_second: token_count as f64 / began.elapsed().as_secs_f64(),
@@ -271,7 +278,11 @@ impl Trainer {
         let mut state = TrainState {
             step: self.step,
             tokens_seen: self.tokens_seen,
-            values: json!({ "run": self.identity, "expert_shares": self.balance.shares() }),
+            values: json!({
+                "run": self.identity,
+                "expert_shares": self.balance.shares(),
+                "weighting": self.loss.state(),
+            }),
             tensors: Default::default(),
         };
         self.optimizer.save(&mut state);

@@ -87,17 +87,43 @@ pub fn distill_logits(
     settings: &LossSettings,
     weigh: &SharedWeigh,
 ) -> LinearDistill {
+    let (value, found, slope) = slopes(logits, targets, settings, weigh);
+    let slope = slope.sum();
+    // A sum whose gradient is the one that was computed, moved to where its value is the loss.
+    let loss = slope.clone() - slope.detach() + value;
+    LinearDistill { loss, value, rows: found }
+}
+
+/// What each row's loss is, and a number per row whose gradient in the logits is that loss's.
+///
+/// # Shapes
+/// - `logits` `[T, V]`, targets of T rows; result `[T]`
+pub fn row_slopes(
+    logits: Tensor<2>,
+    targets: &RowTargets,
+    settings: &LossSettings,
+    weigh: &SharedWeigh,
+) -> (Found, Tensor<1>) {
+    let (_, found, slope) = slopes(logits, targets, settings, weigh);
+    (found, slope)
+}
+
+type Found = Vec<Option<(RowMeasures, RowWeights)>>;
+
+fn slopes(
+    logits: Tensor<2>,
+    targets: &RowTargets,
+    settings: &LossSettings,
+    weigh: &SharedWeigh,
+) -> (f64, Found, Tensor<1>) {
     let ([rows, vocab], device, dtype) = (logits.dims(), logits.device(), logits.dtype());
     assert_eq!(rows, targets.row_count(), "one row of targets per row of logits");
     let data = logits.clone().inner().into_data().convert::<f32>();
     let mut values = data.try_into_vec::<f32>().expect("converted to f32");
-    let (value, rows) =
+    let (value, found) =
         host::finish_logits(&mut values, vocab, targets, settings, &|row, measures| weigh(row, measures));
-    let gradient = Tensor::<2>::from_data(TensorData::new(values, [rows.len(), vocab]), &device).cast(dtype);
-    // A sum whose gradient is the one that was computed, moved to where its value is the loss.
-    let slope = (logits * gradient).sum();
-    let loss = slope.clone() - slope.detach() + value;
-    LinearDistill { loss, value, rows }
+    let gradient = Tensor::<2>::from_data(TensorData::new(values, [rows, vocab]), &device).cast(dtype);
+    (value, found, (logits * gradient).sum_dim(1).reshape([rows]))
 }
 
 /// One call, and what it found beside the loss.

@@ -14,7 +14,7 @@ pub mod rows;
 
 use crate::divergence::Divergence;
 
-pub use graph::{LinearDistill, distill_logits, linear_distill, linear_distill_reference};
+pub use graph::{LinearDistill, distill_logits, linear_distill, linear_distill_reference, row_slopes};
 
 /// In the place of a label: the row has no hard target.
 pub const NO_LABEL: u32 = u32::MAX;
