@@ -185,6 +185,7 @@ impl Case {
             weights,
             ranks: vec![parts.unwrap_or(vec![sequences.len()])],
             sequences,
+            row_losses: true,
         }
     }
 

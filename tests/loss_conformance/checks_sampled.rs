@@ -5,8 +5,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
-    material::{SOFT, ordinary, random},
-    subject::{Implementation, Job, Source},
+    material::{SOFT, ordinary, prediction, random},
+    subject::{Implementation, Job, Source, Student},
     truth::{Finding, must, near},
 };
 
@@ -69,10 +69,11 @@ pub fn unbiased(subject: &dyn Implementation, draw_count: usize) -> Finding {
     };
     let draws: Vec<Vec<u32>> = (0..row_count).map(|_| (0..DRAWS).map(|_| draw()).collect()).collect();
     let job = Job {
-        sequences: vec![crate::material::prediction(0); row_count],
+        sequences: vec![prediction(0); row_count],
         source: Source::Sampled { draws },
-        student: crate::subject::Student::Logits(student.repeat(row_count)),
+        student: Student::Logits(student.repeat(row_count)),
         ranks: vec![vec![row_count]],
+        row_losses: false,
         ..ordinary(1, VOCAB, 3, 61).with_weights(SOFT)
     };
     let found = subject.step(&job)?;

@@ -4,8 +4,8 @@ use limbeck_kernels::{divergence::Divergence, fused_linear_distill::RowWeights};
 
 use crate::{
     material::{BOTH, HARD, SOFT, ordinary, random, rows},
-    subject::{Implementation, Source},
-    truth::{Bounds, Finding, largest, near, same, truth},
+    subject::{Implementation, RowLosses, Source},
+    truth::{Bounds, Finding, largest, must, near, same, truth},
 };
 
 pub fn the_soft_gradient_keeps_its_size_at_any_temperature(subject: &dyn Implementation) -> Finding {
@@ -55,7 +55,10 @@ pub fn each_weight_counts_once(subject: &dyn Implementation) -> Finding {
     let job = ordinary(3, 61, 8, 44);
     let at = |soft: f32, hard: f32| subject.step(&job.clone().with_weights(RowWeights { soft, hard }));
     let (soft, hard) = (at(1.0, 0.0)?, at(0.0, 1.0)?);
-    for (soft_weight, hard_weight) in [(0.75f32, 0.25f32), (0.5, 0.5), (0.25, 2.0)] {
+    let mean = |of: fn(&RowLosses) -> f64| soft.rows.iter().flatten().map(of).sum::<f64>() / soft.token_count as f64;
+    near("the loss of soft targets alone", soft.loss, mean(|row| row.soft), 1e-6 * soft.loss)?;
+    near("the loss of hard targets alone", hard.loss, mean(|row| row.hard), 1e-6 * hard.loss)?;
+    for (soft_weight, hard_weight) in [(0.75f32, 0.25f32), (0.5, 0.5), (0.25, 0.75)] {
         let both = at(soft_weight, hard_weight)?;
         let sum = |soft: f64, hard: f64| soft_weight as f64 * soft + hard_weight as f64 * hard;
         let what = |name: &str| format!("{name} at weights {soft_weight} and {hard_weight}");
@@ -85,7 +88,7 @@ pub fn a_label_counts_kept_or_not(subject: &dyn Implementation) -> Finding {
             for (row, &label) in labels.iter().enumerate() {
                 let gradient = &found.gradients[0][row * vocab..][..vocab];
                 let below: Vec<usize> = (0..vocab).filter(|&v| gradient[v] < 0.0).collect();
-                crate::truth::must(below == [label as usize], || format!("row {row} raises {below:?}"))?;
+                must(below == [label as usize], || format!("row {row} raises {below:?}"))?;
             }
         }
     }

@@ -1,21 +1,18 @@
-//! Limbeck itself, as its drivers put it together: `top_k` of the teacher's rows, a cache on disk, the fused loss per
-//! micro-batch, one division per step.
+//! Limbeck itself, as its drivers put it together: `top_k` of the teacher's rows, a cache on disk, a `DistillLoss` over
+//! each micro-batch, one division per step.
 
-use half::bf16;
+use std::ops::Range;
+
+use burn::tensor::{Device, Tensor, TensorData};
 use limbeck::{
     cache::{
         CacheReader, CacheSettings, CacheWriter, Codec, Selection, SoftTargetSettings, TeacherIdentity,
         TokenizerIdentity,
     },
+    loss::{DistillLoss, DistillLossConfig, LossOutput, Weighting},
     targets::{DistillBatch, SparseTargets, TargetSource},
 };
-use limbeck_kernels::{
-    fused_linear_distill::{
-        NO_LABEL, RowMeasures, RowTargets,
-        host::{self, HostMatrix, Wanted},
-    },
-    top_k::top_k,
-};
+use limbeck_kernels::top_k::top_k;
 
 use crate::subject::{Implementation, Job, Outcome, RowLosses, Source, Student, push_nothing, push_row};
 
@@ -26,16 +23,10 @@ pub struct Limbeck {
 
 impl Implementation for Limbeck {
     fn step(&self, job: &Job) -> Result<Outcome, String> {
-        let settings = job.settings;
-        settings.divergence.check().map_err(|invalid| invalid.problem)?;
-        if job.is_sampled() && !settings.divergence.is_linear_in_the_teacher() {
-            return Err(format!("{} cannot be had from sampled targets", settings.divergence.name()));
-        }
-        let batch = self.batch(job)?;
-        let targets = batch.targets.as_ref().ok_or("there are no soft targets")?;
-        let capture = targets.capture(settings.temperature).ok_or("no capture at the loss's temperature")?;
+        let loss = loss(job, job.weights.soft)?;
+        let batch = batch(job, self.through_files)?;
         let mut outcome = Outcome {
-            targets: targets.clone(),
+            targets: batch.targets.clone().unwrap_or(SparseTargets::empty(&[])),
             rows: vec![],
             token_count: 0,
             loss: 0.0,
@@ -45,76 +36,108 @@ impl Implementation for Limbeck {
             },
         };
         for rows in job.micro_batches().into_iter().flatten() {
-            let mut row_targets = RowTargets { offsets: vec![0], ..RowTargets::default() };
-            for row in rows.clone() {
-                let (sequence, t) = (&batch.sequences[row / batch.seq_len()], row % batch.seq_len());
-                let valid = sequence.is_valid(t);
-                let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
-                if valid && kept.is_empty() && job.weights.soft > 0.0 {
-                    return Err(format!("row {row} counts but has no soft target"));
-                }
-                row_targets.labels.push(if valid { sequence.tokens[t + 1] } else { NO_LABEL });
-                row_targets.ids.extend(&targets.ids[kept.clone()]);
-                row_targets.log_probs.extend(&capture.log_probs[kept]);
-                row_targets.log_tail.push(capture.log_tail[row]);
-                row_targets.offsets.push(row_targets.ids.len());
-                outcome.token_count += valid as u64;
-            }
-            row_targets.check(job.vocab)?;
-            let weigh = |_: usize, _: &RowMeasures| job.weights;
-            let (loss, found) = match &job.student {
-                Student::Logits(logits) => {
-                    let mut logits = logits[rows.start * job.vocab..rows.end * job.vocab].to_vec();
-                    let answer = host::finish_logits(&mut logits, job.vocab, &row_targets, &settings, &weigh);
-                    outcome.gradients[0].extend(logits.iter().map(|&value| value as f64));
-                    answer
-                }
-                Student::Linear { hidden, lm_head, width, bf16: narrow } => {
-                    let hidden = &hidden[rows.start * width..rows.end * width];
-                    let run = |h, w| host::run(h, w, *width, &row_targets, &settings, &weigh, Wanted::BOTH);
-                    let output = if *narrow {
-                        let halves = |values: &[f32]| values.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
-                        run(HostMatrix::Bf16(&halves(hidden)), HostMatrix::Bf16(&halves(lm_head)))
-                    } else {
-                        run(HostMatrix::F32(hidden), HostMatrix::F32(lm_head))
-                    };
-                    let widened = |values: Option<Vec<f32>>| values.into_iter().flatten().map(|value| value as f64);
-                    outcome.gradients[0].extend(widened(output.hidden_grad));
-                    for (sum, value) in outcome.gradients[1].iter_mut().zip(widened(output.lm_head_grad)) {
-                        *sum += value;
-                    }
-                    (output.loss, output.rows)
-                }
+            let operands = operands(job, rows.clone());
+            let output = forward(&loss, &operands, &part(&batch, rows))?;
+            outcome.token_count += output.token_count;
+            outcome.loss += output.value;
+            let gradients = output.sum.backward();
+            let gradient = |operand: &Tensor<2>| {
+                let gradient = operand.grad(&gradients).expect("an operand has a gradient").into_data();
+                gradient.try_into_vec::<f32>().expect("gradients are f32").into_iter().map(|value| value as f64)
             };
-            outcome.loss += loss;
-            let measured = |(measures, _): (RowMeasures, _)| RowLosses { soft: measures.soft, hard: measures.hard };
-            outcome.rows.extend(found.into_iter().map(|row| row.map(measured)));
+            outcome.gradients[0].extend(gradient(&operands[0]));
+            for (sums, head) in outcome.gradients[1..].iter_mut().zip(&operands[1..]) {
+                sums.iter_mut().zip(gradient(head)).for_each(|(sum, value)| *sum += value);
+            }
         }
         let count = outcome.token_count.max(1) as f64;
         outcome.loss /= count;
         outcome.gradients.iter_mut().flatten().for_each(|value| *value /= count);
+        if job.row_losses {
+            outcome.rows = row_losses(job, &batch)?;
+        }
         Ok(outcome)
     }
 }
 
-impl Limbeck {
-    /// What a student is given.
-    fn batch(&self, job: &Job) -> Result<DistillBatch, String> {
-        let sequences = job.sequences.clone();
-        let targets = match &job.source {
-            Source::Missing => None,
-            Source::Stored { targets, .. } => Some(targets.clone()),
-            Source::Sampled { draws } => Some(sampled(job, draws)),
-            Source::Teacher { logits, keep, temperatures } => {
-                let targets = asked(job, logits, keep, temperatures);
-                if self.through_files {
-                    return through_a_cache(job, targets, keep, temperatures);
-                }
-                Some(targets)
-            }
-        };
-        Ok(DistillBatch { sequences, targets })
+fn said(error: limbeck::Error) -> String {
+    error.to_string()
+}
+
+fn loss(job: &Job, soft: f32) -> Result<DistillLoss, String> {
+    assert!(job.weights.soft + job.weights.hard == 1.0, "a weighting has shares of one");
+    let settings = job.settings;
+    let mut config = DistillLossConfig::new(settings.divergence)
+        .with_temperature(settings.temperature, settings.t_scale)
+        .with_weighting(Weighting::Constant { soft: soft as f64 }, 1);
+    if job.is_sampled() {
+        config = config.with_sampled_targets();
     }
+    config.init().map_err(said)
+}
+
+/// The student's logits of some rows, or their hidden states and the head.
+fn operands(job: &Job, rows: Range<usize>) -> Vec<Tensor<2>> {
+    let device = Device::flex().autodiff();
+    let tensor = |values: &[f32], width: usize| {
+        let data = TensorData::new(values.to_vec(), [values.len() / width, width]);
+        Tensor::<2>::from_data(data, &device).require_grad()
+    };
+    match &job.student {
+        Student::Logits(logits) => vec![tensor(&logits[rows.start * job.vocab..rows.end * job.vocab], job.vocab)],
+        Student::Linear { hidden, lm_head, width, .. } => {
+            vec![tensor(&hidden[rows.start * width..rows.end * width], *width), tensor(lm_head, *width)]
+        }
+    }
+}
+
+fn forward(loss: &DistillLoss, operands: &[Tensor<2>], batch: &DistillBatch) -> Result<LossOutput, String> {
+    let output = match operands {
+        [logits] => loss.forward_logits(0, logits.clone(), batch),
+        [hidden, lm_head] => loss.forward(0, hidden.clone(), lm_head.clone(), batch),
+        _ => unreachable!("logits, or hidden states and head"),
+    };
+    output.map_err(said)
+}
+
+/// The rows of a micro-batch.
+fn part(batch: &DistillBatch, rows: Range<usize>) -> DistillBatch {
+    let seq_len = batch.seq_len();
+    DistillBatch {
+        sequences: batch.sequences[rows.start / seq_len..rows.end / seq_len].to_vec(),
+        targets: batch.targets.as_ref().map(|targets| targets.slice(rows.start, rows.end)),
+        row_weights: batch.row_weights.as_ref().map(|weights| weights[rows].to_vec()),
+    }
+}
+
+/// Each row alone: all others weigh nothing.
+fn row_losses(job: &Job, batch: &DistillBatch) -> Result<Vec<Option<RowLosses>>, String> {
+    let (loss, operands) = (loss(job, 0.5)?, operands(job, 0..job.row_count()));
+    let of_row = |row: usize| {
+        let mut weights = vec![0.0; job.row_count()];
+        weights[row] = 1.0;
+        let output = forward(&loss, &operands, &DistillBatch { row_weights: Some(weights), ..batch.clone() })?;
+        let losses = output.soft.map(|soft| RowLosses { soft: soft.sum, hard: output.hard.sum });
+        Ok(losses.filter(|_| output.token_count == 1))
+    };
+    (0..job.row_count()).map(of_row).collect()
+}
+
+/// What a student is given.
+pub fn batch(job: &Job, through_files: bool) -> Result<DistillBatch, String> {
+    let targets = match &job.source {
+        Source::Missing => None,
+        Source::Stored { targets, .. } => Some(targets.clone()),
+        Source::Sampled { draws } => Some(sampled(job, draws)),
+        Source::Teacher { logits, keep, temperatures } => {
+            let targets = asked(job, logits, keep, temperatures);
+            if through_files {
+                return through_a_cache(job, targets, keep, temperatures);
+            }
+            Some(targets)
+        }
+    };
+    Ok(DistillBatch { sequences: job.sequences.clone(), targets, row_weights: None })
 }
 
 fn asked(job: &Job, logits: &[f32], keep: &[usize], temperatures: &[f32]) -> SparseTargets {
@@ -171,7 +194,6 @@ fn through_a_cache(
             temperatures: temperatures.to_vec(),
         }),
     };
-    let said = |error: limbeck::Error| error.to_string();
     let mut writer = CacheWriter::create_or_resume(folder.path(), settings).map_err(said)?;
     for (number, sequence) in job.sequences.iter().enumerate() {
         let rows = targets.slice(number * seq_len, (number + 1) * seq_len);

@@ -1,8 +1,8 @@
 //! What a distillation loss promises, and proof that the promises are checked.
 //!
-//! [`subject`] is what is tested: one optimizer step from raw logits. [`library`] is limbeck, [`plain`]
-//! in loops that can be told to make one of the [`mistakes`] that such code has shipped with. Limbeck and the plain
-//! loops keep every promise of [`checks`]; whatever makes a mistake breaks at least one.
+//! [`subject`] is what is tested: one optimizer step from raw logits. [`library`] is limbeck, [`fused`] its operation
+//! alone, [`plain`] the same in loops that can be told to make one of the [`mistakes`] that such code has shipped with.
+//! All three keep every promise of [`checks`]; whatever makes a mistake breaks at least one.
 
 mod case_files;
 mod checks;
@@ -12,6 +12,7 @@ mod checks_refusals;
 mod checks_sampled;
 mod checks_scale;
 mod checks_step;
+mod fused;
 mod library;
 mod material;
 mod mistakes;
@@ -25,9 +26,16 @@ mod truth;
 use std::fs;
 
 use checks::{CHECKS, CHECKS_OF_THE_CACHE, broken};
+use fused::Fused;
 use library::Limbeck;
 use plain::Plain;
 use rayon::prelude::*;
+
+#[test]
+fn the_fused_operation_keeps_every_promise() {
+    let broken = broken(&Fused);
+    assert!(broken.is_empty(), "{broken:#?}");
+}
 
 #[test]
 fn limbeck_keeps_every_promise() {
@@ -81,5 +89,6 @@ fn every_mistake_breaks_a_promise() {
 
 #[test]
 fn a_hundred_thousand_draws_are_unbiased() {
+    checks_sampled::unbiased(&Fused, 100_000).unwrap();
     checks_sampled::unbiased(&Limbeck { through_files: false }, 100_000).unwrap();
 }

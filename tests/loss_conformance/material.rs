@@ -54,6 +54,7 @@ pub fn rows(vocab: usize, labels: &[u32], teacher: Vec<f32>, k: usize, student: 
         settings: LossSettings::new(Divergence::ForwardKl),
         weights: BOTH,
         ranks: vec![vec![labels.len()]],
+        row_losses: true,
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     mistakes::Mistake,
     plain_row::{Kept, row_loss},
     plain_teacher,
-    subject::{Implementation, Job, Outcome, Student, capture_at},
+    subject::{Implementation, Job, Outcome, Source, Student, capture_at},
 };
 
 pub struct Plain {
@@ -98,7 +98,7 @@ impl Implementation for Plain {
             }
             let ids = &targets.ids[places.clone()];
             let twice = ids.iter().enumerate().any(|(place, id)| ids[..place].contains(id));
-            let from_outside = matches!(job.source, crate::subject::Source::Stored { .. });
+            let from_outside = matches!(job.source, Source::Stored { .. });
             if twice && from_outside && !self.makes(Mistake::DuplicatesCountedTwice) {
                 return Err(format!("row {row} keeps an id twice"));
             }

@@ -26,6 +26,8 @@ pub struct Job {
     pub weights: RowWeights,
     /// Per rank the number of sequences in each of its micro-batches.
     pub ranks: Vec<Vec<usize>>,
+    /// Whether the losses of each row are asked for, and not only their mean.
+    pub row_losses: bool,
 }
 
 /// Where the soft targets come from.
@@ -61,7 +63,7 @@ pub struct RowLosses {
 pub struct Outcome {
     /// What the cache holds of the teacher.
     pub targets: SparseTargets,
-    /// `None` for a row that does not count.
+    /// `None` for a row that does not count; empty where nobody asked.
     pub rows: Vec<Option<RowLosses>>,
     pub token_count: u64,
     /// What the optimizer minimises: the mean over the rows that count.
