@@ -212,7 +212,7 @@ impl Weighting {
     /// Refuses parameters without meaning.
     pub fn check(&self) -> Result<()> {
         match self.parameters().into_iter().find(|(_, value, range)| !range.holds(*value)) {
-            Some((name, value, Range::Share)) if matches!(name, "soft" | "from" | "to") => {
+            Some(("soft" | "from" | "to", value, Range::Share)) => {
                 Err(Error::usage(format!("soft weight {value} is not a share"), "give a number from 0 to 1"))
             }
             Some((name, value, range)) => Err(Error::usage(

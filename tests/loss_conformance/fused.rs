@@ -4,6 +4,7 @@ use half::bf16;
 use limbeck_kernels::fused_linear_distill::{
     NO_LABEL, RowMeasures, RowTargets,
     host::{self, HostMatrix, Wanted},
+    logits,
 };
 
 use crate::{
@@ -54,7 +55,7 @@ impl Implementation for Fused {
             let (loss, found) = match &job.student {
                 Student::Logits(logits) => {
                     let mut logits = logits[rows.start * job.vocab..rows.end * job.vocab].to_vec();
-                    let answer = host::finish_logits(&mut logits, job.vocab, &row_targets, &settings, &weigh);
+                    let answer = logits::finish_logits(&mut logits, job.vocab, &row_targets, &settings, &weigh);
                     outcome.gradients[0].extend(logits.iter().map(|&value| value as f64));
                     answer
                 }

@@ -29,6 +29,9 @@ use crate::host_op;
 /// The weights of a row, kept by a node of the graph.
 pub type SharedWeigh = Arc<dyn Fn(usize, &RowMeasures) -> RowWeights + Send + Sync>;
 
+/// Measures and weights of each row that has a target.
+pub type Found = Vec<Option<(RowMeasures, RowWeights)>>;
+
 /// The loss of T rows.
 #[derive(Debug)]
 pub struct LinearDistill {
@@ -37,7 +40,7 @@ pub struct LinearDistill {
     /// The same, in f64.
     pub value: f64,
     /// Measures and weights of each row that has a target.
-    pub rows: Vec<Option<(RowMeasures, RowWeights)>>,
+    pub rows: Found,
 }
 
 /// Loss of `hidden` under `lm_head`, with gradients in both.
@@ -109,8 +112,6 @@ pub fn row_slopes(
     (found, slope)
 }
 
-type Found = Vec<Option<(RowMeasures, RowWeights)>>;
-
 fn slopes(
     logits: Tensor<2>,
     targets: &RowTargets,
@@ -132,7 +133,7 @@ struct Job {
     targets: Arc<RowTargets>,
     settings: LossSettings,
     weigh: SharedWeigh,
-    done: Mutex<(f64, Vec<Option<(RowMeasures, RowWeights)>>)>,
+    done: Mutex<(f64, Found)>,
 }
 
 impl fmt::Debug for Job {
