@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo bench --bench loss                            # criterion: divergences, weightings, soft beside hard
 //! cargo bench --bench loss -- measure T D V K         # one line of JSON: seconds, and peak memory above the inputs
+//! cargo bench --bench loss -- compare T D V K [N]     # N rounds of each divergence and of the hard loss alone, in turn
 //! ```
 //! `benches/peers/loss.py` runs the second beside PyTorch, Liger and DistillKit.
 
@@ -21,11 +22,16 @@ const REPEATS: usize = 3;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    if arguments.first().is_some_and(|first| first == "measure") {
+    if let Some(mode @ ("measure" | "compare")) = arguments.first().map(String::as_str) {
         let numbers: Vec<usize> =
             arguments[1..].iter().map(|text| text.parse().expect("T D V K as whole numbers")).collect();
-        let [rows, width, vocab, kept] = numbers[..] else { panic!("give T D V K") };
-        measure(&Problem::new(rows, width, vocab, kept));
+        let [rows, width, vocab, kept, ref rounds @ ..] = numbers[..] else { panic!("give T D V K") };
+        let problem = Problem::new(rows, width, vocab, kept);
+        if mode == "measure" {
+            measure(&problem)
+        } else {
+            compare(&problem, rounds.first().copied().unwrap_or(5))
+        }
         return;
     }
     let mut criterion = Criterion::default().sample_size(10).configure_from_args();
@@ -151,6 +157,32 @@ fn measure(problem: &Problem) {
         "peak_mib_above_inputs_and_gradients": peak.map(|peak| ((peak - gradients) / MIB).round()),
     });
     println!("{json}");
+}
+
+/// Prints the median time of each loss relative to forward KL with cross-entropy, each loss once in every round.
+fn compare(problem: &Problem, rounds: usize) {
+    let mut losses = vec![("hard alone".to_string(), loss(Divergence::ForwardKl, Weighting::hard_only()))];
+    losses.extend(Divergence::EXAMPLES.map(|divergence| (divergence.name().to_string(), loss(divergence, half()))));
+    let mut ratios = vec![vec![]; losses.len()];
+    problem.run(&losses[0].1);
+    for _ in 0..rounds {
+        let seconds: Vec<f64> = losses
+            .iter()
+            .map(|(_, loss)| {
+                let began = Instant::now();
+                black_box(problem.run(loss));
+                began.elapsed().as_secs_f64()
+            })
+            .collect();
+        // Within a round, so that a slow minute of the machine is slow for all.
+        for (ratios, seconds_of_one) in ratios.iter_mut().zip(&seconds) {
+            ratios.push(seconds_of_one / seconds[1]);
+        }
+    }
+    for ((name, _), mut ratios) in losses.into_iter().zip(ratios) {
+        ratios.sort_by(f64::total_cmp);
+        println!("{name:<20}{:>8.3}  ({:.3} to {:.3})", ratios[rounds / 2], ratios[0], ratios[rounds - 1]);
+    }
 }
 
 /// A line of this process's memory in bytes; 0 where the system does not tell.
