@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Bytes of logits in memory at once.
-const PIECE_BYTES: usize = 48 << 20;
+pub(super) const PIECE_BYTES: usize = 48 << 20;
 /// Bytes of a head in bf16 that are widened at once.
 const WIDENED_BYTES: usize = 16 << 20;
 /// Logits whose exponentials are added up in f32; also what stays in the first cache between two passes.
@@ -44,7 +44,7 @@ impl<'a> HostMatrix<'a> {
         self.len() == 0
     }
 
-    fn rows(&self, width: usize, first: usize, count: usize) -> Cow<'a, [f32]> {
+    pub(super) fn rows(&self, width: usize, first: usize, count: usize) -> Cow<'a, [f32]> {
         let range = first * width..(first + count) * width;
         match self {
             HostMatrix::F32(values) => Cow::Borrowed(&values[range]),
@@ -53,7 +53,7 @@ impl<'a> HostMatrix<'a> {
     }
 
     /// Rows to work on at once: all where nothing has to be widened.
-    fn tile(&self, width: usize, rows: usize) -> usize {
+    pub(super) fn tile(&self, width: usize, rows: usize) -> usize {
         match self {
             HostMatrix::F32(_) => rows.max(1),
             HostMatrix::Bf16(_) => (WIDENED_BYTES / (4 * width.max(1))).clamp(1, rows.max(1)),
@@ -201,7 +201,7 @@ pub fn finish_logits(
     (loss.sum(), rows)
 }
 
-fn row_loss(
+pub(super) fn row_loss(
     targets: &RowTargets,
     row: usize,
     settings: &LossSettings,
@@ -213,12 +213,12 @@ fn row_loss(
 }
 
 /// Rows per piece: as many as the budget has room for, in pieces of about equal size.
-fn piece_rows(rows: usize, vocab: usize, bytes: usize) -> usize {
+pub(super) fn piece_rows(rows: usize, vocab: usize, bytes: usize) -> usize {
     let most = (bytes / (4 * vocab.max(1))).max(1);
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
-fn gather<'a>(hidden: &HostMatrix<'a>, width: usize, rows: &[usize]) -> Cow<'a, [f32]> {
+pub(super) fn gather<'a>(hidden: &HostMatrix<'a>, width: usize, rows: &[usize]) -> Cow<'a, [f32]> {
     let (first, last) = (rows[0], rows[rows.len() - 1]);
     let all = hidden.rows(width, first, last + 1 - first);
     if rows.len() == last + 1 - first {
@@ -290,7 +290,7 @@ impl Scratch {
 }
 
 /// What a row's logits add up to, at both temperatures.
-fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
+pub(super) fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
     let mut statistics = RowStatistics::NONE;
     let mut widest = 0;
     for (number, stretch) in logits.chunks(STRETCH).enumerate() {
@@ -319,7 +319,7 @@ fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
 }
 
 /// Replaces the logits that are not kept by the loss's gradient in them.
-fn write_dense(logits: &mut [f32], dense: &DenseGradient, temperature: f32) {
+pub(super) fn write_dense(logits: &mut [f32], dense: &DenseGradient, temperature: f32) {
     if dense.soft == 0.0 && dense.hard == 0.0 {
         logits.fill(0.0);
     } else if dense.hard == 0.0 {
