@@ -8,6 +8,7 @@
 
 use burn::tensor::DType;
 use burn_cubecl::{
+    CubeDevice,
     cubecl::{
         client::Client,
         ir::{AddressType, ElemType},
@@ -33,9 +34,10 @@ use super::{
 /// Gradients on the device: of the hidden states, and of the head.
 pub type DeviceGradients = (Option<CubeTensor>, Option<CubeTensor>);
 
-/// Whether the kernels know the type of these operands.
-pub fn takes(dtype: DType) -> bool {
-    element(dtype).is_some()
+/// Whether the kernels can run on a device, with operands of this type.
+pub fn takes(device: &CubeDevice, dtype: DType) -> bool {
+    let client = device.client();
+    element(dtype).is_some() && client.properties().hardware.max_units_per_cube as usize >= UNITS
 }
 
 /// Runs the operation. The gradients are in the operands' type, and not in [`Output`].
@@ -100,7 +102,7 @@ impl<'a> DeviceShard<'a> {
         settings: &LossSettings,
         tiles: Option<Tiles>,
     ) -> DeviceShard<'a> {
-        assert!(takes(hidden.dtype), "hidden states are f32, f16 or bf16");
+        assert!(takes(&hidden.device, hidden.dtype), "f32, f16 or bf16, on a device with groups of {UNITS} threads");
         assert_eq!(hidden.dtype, lm_head.dtype, "hidden states and head have one type");
         let ([row_count, width], [vocab, head_width]) = (dims(&hidden), dims(&lm_head));
         assert_eq!(row_count, targets.row_count(), "one row of targets per hidden state");

@@ -1,7 +1,8 @@
 //! How large the pieces are that a device works in: plain arithmetic, so that it can be checked anywhere.
 
-/// Rows and columns come in multiples of this, so that every piece of a tensor starts where a device may bind it.
-pub const STEP: usize = 128;
+/// Rows and columns come in multiples of this, so that every piece of a tensor starts where a device may bind it: at
+/// 512 bytes on CUDA, 256 elsewhere.
+pub const STEP: usize = 256;
 
 /// Bytes that [`Tiles::fitting`] fills beside operands and gradients.
 pub const BUDGET: usize = 62 << 20;
@@ -89,7 +90,8 @@ impl Tiles {
             assert!(size > 0 && size.is_multiple_of(STEP), "{size} is no multiple of {STEP}");
         }
         assert!(self.vocab_tile.is_multiple_of(self.piece), "a tile is made of whole pieces");
-        assert!(self.token_block <= 65_535, "a row is a group of threads, of which a device starts 65,535 at most");
+        let most = self.token_block.max(self.vocab_tile);
+        assert!(most <= 65_535, "a row is a group of threads, of which a device starts 65,535 at most");
         assert!(self.token_block * self.vocab_tile <= u32::MAX as usize, "places in a tile have 32 bits");
     }
 }
@@ -129,7 +131,7 @@ mod tests {
         let problem = Problem { rows: 5, width: 16, vocab: 300, kept: 10, element: 4, gathers: false };
         let tiles = Tiles::fitting(&problem, BUDGET);
         tiles.check();
-        assert_eq!(tiles, Tiles { token_block: 128, vocab_tile: 384, piece: 384 });
+        assert_eq!(tiles, Tiles { token_block: 256, vocab_tile: 512, piece: 512 });
     }
 
     #[test]
@@ -137,6 +139,6 @@ mod tests {
         let problem = Problem { rows: 4096, width: 4096, vocab: 9000, kept: 0, element: 4, gathers: true };
         let tiles = Tiles::fitting(&problem, 0);
         tiles.check();
-        assert_eq!(tiles, Tiles { token_block: 128, vocab_tile: 1024, piece: 1024 });
+        assert_eq!(tiles, Tiles { token_block: 256, vocab_tile: 1024, piece: 1024 });
     }
 }
