@@ -1,4 +1,5 @@
-//! The operation as a node of the gradient's graph: on `flex` the host form, elsewhere the plain tensor form.
+//! The operation as a node of the gradient's graph: on `flex` the host form, on a device that there are kernels for the
+//! device's form, elsewhere the plain tensor form.
 
 use std::{
     fmt,
@@ -59,7 +60,7 @@ pub fn linear_distill(
     settings: LossSettings,
     weigh: SharedWeigh,
 ) -> LinearDistill {
-    if !host_op::runs_on(&hidden.device()) {
+    if !has_node(&hidden) {
         return linear_distill_reference(hidden, lm_head, &targets, &settings, &weigh);
     }
     let job = Arc::new(Job { targets, settings, weigh, done: Mutex::default() });
@@ -67,6 +68,15 @@ pub fn linear_distill(
         <Dispatch as LinearDistillOps>::linear_distill(hidden.into_dispatch(), lm_head.into_dispatch(), job.clone());
     let (value, rows) = std::mem::take(&mut *job.done.lock().expect("the operation has run"));
     LinearDistill { loss: Tensor::from_dispatch(loss), value, rows }
+}
+
+/// Whether there is more than plain tensor operations for these operands.
+fn has_node(hidden: &Tensor<2>) -> bool {
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if let burn::backend::DispatchDevice::Cube(device) = hidden.device().inner().as_dispatch() {
+        return super::device::takes(device, hidden.dtype());
+    }
+    host_op::runs_on(&hidden.device())
 }
 
 /// [`linear_distill`] in plain tensor operations, with the logits of all rows in memory.
@@ -129,11 +139,11 @@ fn slopes(
 }
 
 /// One call, and what it found beside the loss.
-struct Job {
-    targets: Arc<RowTargets>,
-    settings: LossSettings,
-    weigh: SharedWeigh,
-    done: Mutex<(f64, Found)>,
+pub(super) struct Job {
+    pub(super) targets: Arc<RowTargets>,
+    pub(super) settings: LossSettings,
+    pub(super) weigh: SharedWeigh,
+    pub(super) done: Mutex<(f64, Found)>,
 }
 
 impl fmt::Debug for Job {
@@ -142,13 +152,13 @@ impl fmt::Debug for Job {
     }
 }
 
-#[backend_extension(Flex, Autodiff)]
-trait LinearDistillOps: Backend {
+#[backend_extension(Flex, Cube: cfg(any(feature = "wgpu", feature = "cuda")), Autodiff)]
+pub(super) trait LinearDistillOps: Backend {
     fn linear_distill(hidden: FloatTensor<Self>, lm_head: FloatTensor<Self>, job: Arc<Job>) -> FloatTensor<Self>;
 }
 
 /// Backends that compute loss and gradients in one go.
-trait LinearDistillBackend: Backend {
+pub(super) trait LinearDistillBackend: Backend {
     fn run(
         hidden: FloatTensor<Self>,
         lm_head: FloatTensor<Self>,
@@ -162,9 +172,9 @@ trait LinearDistillBackend: Backend {
 
 /// Gradients of hidden states and head at a loss of weight 1.
 #[derive(Debug, Clone)]
-struct Grads<B: Backend> {
-    hidden: Option<FloatTensor<B>>,
-    lm_head: Option<FloatTensor<B>>,
+pub(super) struct Grads<B: Backend> {
+    pub(super) hidden: Option<FloatTensor<B>>,
+    pub(super) lm_head: Option<FloatTensor<B>>,
 }
 
 type FlexTensor = FloatTensor<Flex>;

@@ -22,11 +22,13 @@ use crate::{
 };
 
 /// Most bytes of logits in memory at once.
-const PIECE_BYTES: usize = 64 << 20;
+pub(super) const PIECE_BYTES: usize = 64 << 20;
 /// A piece has at most this part of all logits, so that small problems are lean as well.
 const PIECE_SHARE: usize = 8;
 /// Rows of a piece that are worth a matrix product.
 const LEAST_ROWS: usize = 16;
+/// Bytes of a head in bf16 that are widened at once.
+const WIDENED_BYTES: usize = 16 << 20;
 /// Weights of the head in one tile.
 const TILE_WEIGHTS: usize = 1 << 19;
 /// Parts of the vocabulary whose gradients of the hidden states are added up apart.
@@ -51,11 +53,19 @@ impl<'a> HostMatrix<'a> {
         self.len() == 0
     }
 
-    fn rows(&self, width: usize, first: usize, count: usize) -> Cow<'a, [f32]> {
+    pub(super) fn rows(&self, width: usize, first: usize, count: usize) -> Cow<'a, [f32]> {
         let range = first * width..(first + count) * width;
         match self {
             HostMatrix::F32(values) => Cow::Borrowed(&values[range]),
             HostMatrix::Bf16(values) => Cow::Owned(values[range].iter().map(|value| value.to_f32()).collect()),
+        }
+    }
+
+    /// Rows to work on at once: all where nothing has to be widened.
+    pub(super) fn tile(&self, width: usize, rows: usize) -> usize {
+        match self {
+            HostMatrix::F32(_) => rows.max(1),
+            HostMatrix::Bf16(_) => (WIDENED_BYTES / (4 * width.max(1))).clamp(1, rows.max(1)),
         }
     }
 }
@@ -165,14 +175,14 @@ pub fn run_in_pieces(
 }
 
 /// Rows per piece: as many as the budget has room for, in pieces of about equal size.
-fn piece_rows(rows: usize, vocab: usize, bytes: usize) -> usize {
+pub(super) fn piece_rows(rows: usize, vocab: usize, bytes: usize) -> usize {
     let most = (bytes / (4 * vocab.max(1))).max(1);
     let even = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
     // Whole vectors of rows, where there are that many.
     if even > LEAST_ROWS { (even / LEAST_ROWS * LEAST_ROWS).max(LEAST_ROWS) } else { even }
 }
 
-fn gather<'a>(hidden: &HostMatrix<'a>, width: usize, rows: &[usize]) -> Cow<'a, [f32]> {
+pub(super) fn gather<'a>(hidden: &HostMatrix<'a>, width: usize, rows: &[usize]) -> Cow<'a, [f32]> {
     let (first, last) = (rows[0], rows[rows.len() - 1]);
     let all = hidden.rows(width, first, last + 1 - first);
     if rows.len() == last + 1 - first {

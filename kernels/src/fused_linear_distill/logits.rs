@@ -115,7 +115,7 @@ impl Scratch {
 }
 
 /// What a row's logits add up to, at both temperatures.
-fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
+pub(super) fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
     let mut statistics = RowStatistics::NONE;
     let mut widest = 0;
     for (number, stretch) in logits.chunks(STRETCH).enumerate() {
@@ -144,7 +144,7 @@ fn row_statistics(logits: &[f32], temperature: f32) -> RowStatistics {
 }
 
 /// Replaces the logits that are not kept by the loss's gradient in them.
-fn write_dense(logits: &mut [f32], dense: &DenseGradient, temperature: f32) {
+pub(super) fn write_dense(logits: &mut [f32], dense: &DenseGradient, temperature: f32) {
     if dense.soft == 0.0 && dense.hard == 0.0 {
         logits.fill(0.0);
     } else if dense.hard == 0.0 {

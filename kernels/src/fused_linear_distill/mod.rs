@@ -6,12 +6,30 @@
 //! they wait in the graph until `backward` scales them.
 //!
 //! T rows, D width, V vocabulary, k kept ids. Here are the operation's parts that everyone sees; [`rows`] is one row's
-//! arithmetic, [`host`] the processor's form, [`logits`] that for logits at hand, and [`graph`] the node in the graph.
+//! arithmetic, [`host`] the processor's form, [`sharded`] the same in stages over a head in shards, [`logits`] the form
+//! for logits at hand, and [`graph`] the node in the graph. With the features `wgpu` or `cuda` there is the device's form
+//! as well: `device` drives the kernels in `cube`, in the sizes that [`tiles`] finds.
 
+#[cfg(feature = "cube")]
+pub mod cube;
+#[cfg(feature = "cube")]
+pub mod cube_top_k;
+#[cfg(feature = "device")]
+pub mod device;
+#[cfg(feature = "device")]
+mod device_gradients;
+#[cfg(feature = "device")]
+mod device_node;
+#[cfg(feature = "device")]
+mod device_tensors;
+#[cfg(feature = "device")]
+pub mod device_top_k;
 pub mod graph;
 pub mod host;
 pub mod logits;
 pub mod rows;
+pub mod sharded;
+pub mod tiles;
 
 use crate::divergence::Divergence;
 
