@@ -24,7 +24,7 @@ use crate::{
 /// Most bytes of logits in memory at once.
 pub(super) const PIECE_BYTES: usize = 64 << 20;
 /// A piece has at most this part of all logits, so that small problems are lean as well.
-const PIECE_SHARE: usize = 8;
+const PIECE_SHARE: usize = 6;
 /// Rows of a piece that are worth a matrix product.
 const LEAST_ROWS: usize = 16;
 /// Bytes of a head in bf16 that are widened at once.
@@ -140,7 +140,7 @@ pub fn run_in_pieces(
     };
     let most = piece_rows(live.len(), vocab, piece_bytes);
     let mut logits = vec![0.0f32; most.min(live.len()) * vocab];
-    for live in live.chunks(most) {
+    for (number, live) in live.chunks(most).enumerate() {
         let hidden_rows = gather(&hidden, width, live);
         let piece = Piece {
             hidden: &hidden_rows,
@@ -152,6 +152,7 @@ pub fn run_in_pieces(
             entries: Entries::new(targets, live),
             targets,
             settings,
+            first: number == 0,
         };
         let logits = &mut logits[..live.len() * vocab];
         let (statistics, kept_logits, label_logits) = piece.measure(logits);
@@ -178,8 +179,9 @@ pub fn run_in_pieces(
 pub(super) fn piece_rows(rows: usize, vocab: usize, bytes: usize) -> usize {
     let most = (bytes / (4 * vocab.max(1))).max(1);
     let even = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
-    // Whole vectors of rows, where there are that many.
-    if even > LEAST_ROWS { (even / LEAST_ROWS * LEAST_ROWS).max(LEAST_ROWS) } else { even }
+    // Whole vectors of rows, where the budget has room for them: every further piece reads the head twice more.
+    let whole = even.next_multiple_of(LEAST_ROWS);
+    if whole <= most { whole } else { even }
 }
 
 pub(super) fn gather<'a>(hidden: &HostMatrix<'a>, width: usize, rows: &[usize]) -> Cow<'a, [f32]> {
@@ -247,6 +249,8 @@ struct Piece<'a> {
     entries: Entries,
     targets: &'a RowTargets,
     settings: &'a LossSettings,
+    /// Whether the head's gradient has nothing yet.
+    first: bool,
 }
 
 /// What a tile's logits were before they were masked, and what they add up to.
@@ -440,7 +444,7 @@ impl Piece<'_> {
             self.write_gradient(first, logits, finished);
             let gradient = View::rows(logits, ids, count, count);
             if let Some(into) = &mut lm_head_grad {
-                multiply(&mut into[number * self.tile * width..], width, true, 1.0, gradient, hidden, false);
+                multiply(&mut into[number * self.tile * width..], width, !self.first, 1.0, gradient, hidden, false);
             }
             if wanted.hidden {
                 let head = self.lm_head.rows(width, first, ids);
