@@ -110,12 +110,15 @@ pub fn distill_logits(
     LinearDistill { loss, value, rows }
 }
 
+/// The loss, and what was found of each row that has a target.
+type Done = (f64, Vec<Option<(RowMeasures, RowWeights)>>);
+
 /// One call, and what it found beside the loss.
 pub(super) struct Job {
     pub(super) targets: Arc<RowTargets>,
     pub(super) settings: LossSettings,
     pub(super) weigh: SharedWeigh,
-    pub(super) done: Mutex<(f64, Vec<Option<(RowMeasures, RowWeights)>>)>,
+    pub(super) done: Mutex<Done>,
 }
 
 impl fmt::Debug for Job {
