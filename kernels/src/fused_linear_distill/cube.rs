@@ -141,11 +141,11 @@ pub fn row_statistics(
     let mut half = comptime!(units / 2).runtime();
     while half > 0 {
         if unit < half {
-            sum_of[unit] = sum_of[unit] + sum_of[unit + half];
-            squares_of[unit] = squares_of[unit] + squares_of[unit + half];
+            sum_of[unit] += sum_of[unit + half];
+            squares_of[unit] += squares_of[unit + half];
             if comptime!(scaled) {
-                sum_scaled_of[unit] = sum_scaled_of[unit] + sum_scaled_of[unit + half];
-                squares_scaled_of[unit] = squares_scaled_of[unit] + squares_scaled_of[unit + half];
+                sum_scaled_of[unit] += sum_scaled_of[unit + half];
+                squares_scaled_of[unit] += squares_scaled_of[unit + half];
             }
         }
         sync_cube();
