@@ -48,15 +48,38 @@ pub fn multiply(
     b: View<'_>,
     parallel: bool,
 ) {
+    // Small products lose more to handing out work than they gain.
+    let parallel = parallel && a.rows * a.columns * b.columns >= 1 << 21;
+    product(output, [output_stride, 1], keep, scale, a, b, parallel);
+}
+
+/// `output = keep * output + a * b` on this thread alone, where column `j` of the result is
+/// `output[j * output_stride..]`: the layout in which a wide right operand is read in order and never packed.
+///
+/// # Panics
+/// When the shapes do not fit each other or the slices.
+pub fn multiply_into_columns(output: &mut [f32], output_stride: usize, keep: bool, a: View<'_>, b: View<'_>) {
+    product(output, [1, output_stride], keep, 1.0, a, b, false);
+}
+
+/// The product into an output whose rows and columns are `output_strides` apart.
+fn product(
+    output: &mut [f32],
+    output_strides: [usize; 2],
+    keep: bool,
+    scale: f32,
+    a: View<'_>,
+    b: View<'_>,
+    parallel: bool,
+) {
+    let [row_stride, column_stride] = output_strides;
     assert_eq!(a.columns, b.rows, "inner sizes differ");
-    assert!(output.len() >= span(a.rows, b.columns, output_stride, 1), "output too small");
+    assert!(output.len() >= span(a.rows, b.columns, row_stride, column_stride), "output too small");
     assert!(a.data.len() >= span(a.rows, a.columns, a.row_stride, a.column_stride), "left operand too small");
     assert!(b.data.len() >= span(b.rows, b.columns, b.row_stride, b.column_stride), "right operand too small");
     if a.rows == 0 || b.columns == 0 {
         return;
     }
-    // Small products lose more to handing out work than they gain.
-    let parallel = parallel && a.rows * a.columns * b.columns >= 1 << 21;
     // SAFETY: the three assertions above put every element that the strides reach inside its slice, and `output`
     // is borrowed mutably, so nothing else reads or writes it.
     unsafe {
@@ -65,8 +88,8 @@ pub fn multiply(
             b.columns,
             a.columns,
             output.as_mut_ptr(),
-            1,
-            output_stride as isize,
+            column_stride as isize,
+            row_stride as isize,
             keep,
             a.data.as_ptr(),
             a.column_stride as isize,
@@ -80,45 +103,6 @@ pub fn multiply(
             false,
             false,
             if parallel { Parallelism::Rayon(0) } else { Parallelism::None },
-        );
-    }
-}
-
-/// `output = keep * output + a * b` on this thread alone, where column `j` of the result is
-/// `output[j * output_stride..]`: the layout in which a wide right operand is read in order and never packed.
-///
-/// # Panics
-/// When the shapes do not fit each other or the slices.
-pub fn multiply_into_columns(output: &mut [f32], output_stride: usize, keep: bool, a: View<'_>, b: View<'_>) {
-    assert_eq!(a.columns, b.rows, "inner sizes differ");
-    assert!(output.len() >= span(b.columns, a.rows, output_stride, 1), "output too small");
-    assert!(a.data.len() >= span(a.rows, a.columns, a.row_stride, a.column_stride), "left operand too small");
-    assert!(b.data.len() >= span(b.rows, b.columns, b.row_stride, b.column_stride), "right operand too small");
-    if a.rows == 0 || b.columns == 0 {
-        return;
-    }
-    // SAFETY: as in `multiply`, the assertions put every element that the strides reach inside its slice.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.columns,
-            a.columns,
-            output.as_mut_ptr(),
-            output_stride as isize,
-            1,
-            keep,
-            a.data.as_ptr(),
-            a.column_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.column_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
         );
     }
 }

@@ -76,7 +76,7 @@ pub enum Weighting {
     /// Per token, `w_soft = soft * p(label)^power`: a teacher that missed the next token teaches less of it.
     /// After CA-MKD, Zhang, Chen & Wang 2022 (arXiv 2201.00007).
     TeacherConfidence {
-        #[serde(default = "whole")]
+        #[serde(default = "one")]
         soft: f64,
         #[serde(default = "one")]
         power: f64,
@@ -84,7 +84,7 @@ pub enum Weighting {
     /// Per token, `w_soft = soft * e^(-H / scale)` with the entropy H in nats of the teacher's outcomes.
     /// After Kwon et al. 2020, Adaptive Knowledge Distillation Based on Entropy (ICASSP).
     TeacherEntropy {
-        #[serde(default = "whole")]
+        #[serde(default = "one")]
         soft: f64,
         #[serde(default = "three")]
         scale: f64,
@@ -92,18 +92,18 @@ pub enum Weighting {
     /// Per token, `w_soft = soft * (1 - e^(-student's loss / teacher's loss))` on the label: more where the student is
     /// behind. Zhou et al. 2021, weighted soft labels (arXiv 2102.00650).
     StudentGap {
-        #[serde(default = "whole")]
+        #[serde(default = "one")]
         soft: f64,
     },
     /// A constant share, and a teacher that moves away from the student: the share t of the true teacher in the
     /// divergence `taid` goes from `from` to `to`, no slower than in a straight line, and faster while the loss falls.
     /// Shing et al. 2025, TAID (arXiv 2501.16937), algorithm 1.
     Taid {
-        #[serde(default = "whole")]
+        #[serde(default = "one")]
         soft: f64,
         #[serde(default = "taid_start")]
         from: f64,
-        #[serde(default = "whole")]
+        #[serde(default = "one")]
         to: f64,
         #[serde(default = "taid_rate")]
         rate: f64,
@@ -128,9 +128,6 @@ fn half() -> f64 {
     0.5
 }
 fn one() -> f64 {
-    1.0
-}
-fn whole() -> f64 {
     1.0
 }
 fn fifth() -> f64 {
