@@ -133,14 +133,17 @@ pub fn scaled_exp_in_place(values: &mut [f32], shift: f32, factor: f32, scale: f
     )
 }
 
-/// The largest value of each column of row-major `values`, if it is larger than what `largest` has.
-pub fn max_columns(values: &[f32], largest: &mut [f32]) {
+/// The largest value of each column of row-major `values` and the first row that has it, if it is larger than what
+/// `largest` has.
+pub fn max_columns(values: &[f32], largest: &mut [f32], rows: &mut [u32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            for row in values.chunks_exact(largest.len()) {
-                for (largest, &value) in largest.iter_mut().zip(row) {
-                    *largest = if value > *largest { value } else { *largest };
+            for (number, row) in values.chunks_exact(largest.len()).enumerate() {
+                for ((largest, place), &value) in largest.iter_mut().zip(rows.iter_mut()).zip(row) {
+                    let larger = value > *largest;
+                    *largest = if larger { value } else { *largest };
+                    *place = if larger { number as u32 } else { *place };
                 }
             }
         },
@@ -176,14 +179,14 @@ pub fn sum_exp_columns(values: &[f32], shift: &[f32], factor: f32, sums: &mut [f
     }
 }
 
-/// Replaces each value by `scale * exp(factor * (value - shift))` with its column's scale and shift.
-pub fn scaled_exp_columns(values: &mut [f32], shift: &[f32], factor: f32, scale: &[f32]) {
+/// Writes `scale * exp(factor * (value - shift))` of each value, with its column's scale and shift.
+pub fn scaled_exp_columns(values: &[f32], shift: &[f32], factor: f32, scale: &[f32], output: &mut [f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            for row in values.chunks_exact_mut(shift.len()) {
-                for ((value, &shift), &scale) in row.iter_mut().zip(shift).zip(scale) {
-                    *value = scale * exp(factor * (*value - shift));
+            for (row, output) in values.chunks_exact(shift.len()).zip(output.chunks_exact_mut(shift.len())) {
+                for (((output, &value), &shift), &scale) in output.iter_mut().zip(row).zip(shift).zip(scale) {
+                    *output = scale * exp(factor * (value - shift));
                 }
             }
         },
@@ -191,14 +194,21 @@ pub fn scaled_exp_columns(values: &mut [f32], shift: &[f32], factor: f32, scale:
 }
 
 /// As [`scaled_exp_columns`], the sum of two such terms.
-pub fn add_scaled_exp_columns(values: &mut [f32], shift: [&[f32]; 2], factor: [f32; 2], scale: [&[f32]; 2]) {
+pub fn add_scaled_exp_columns(
+    values: &[f32],
+    shift: [&[f32]; 2],
+    factor: [f32; 2],
+    scale: [&[f32]; 2],
+    output: &mut [f32],
+) {
     Arch::new().dispatch(
         #[inline(always)]
         || {
-            for row in values.chunks_exact_mut(shift[0].len()) {
-                for (column, value) in row.iter_mut().enumerate() {
-                    let first = scale[0][column] * exp(factor[0] * (*value - shift[0][column]));
-                    *value = first + scale[1][column] * exp(factor[1] * (*value - shift[1][column]));
+            let width = shift[0].len();
+            for (row, output) in values.chunks_exact(width).zip(output.chunks_exact_mut(width)) {
+                for (column, (output, &value)) in output.iter_mut().zip(row).enumerate() {
+                    let first = scale[0][column] * exp(factor[0] * (value - shift[0][column]));
+                    *output = first + scale[1][column] * exp(factor[1] * (value - shift[1][column]));
                 }
             }
         },
@@ -271,5 +281,13 @@ mod tests {
         assert!(((dot(&values, &values) as f64 - square) / square).abs() < 1e-6);
         assert_eq!(max(&values), values.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         assert_eq!(log_sum_exp(&[]), f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn the_largest_of_a_column_is_the_first_of_equal_ones() {
+        let none = f32::NEG_INFINITY;
+        let (mut largest, mut rows) = ([none; 4], [u32::MAX; 4]);
+        max_columns(&[1.0, f32::NAN, none, -3.0, 2.0, 5.0, none, -1.0, 2.0, 4.0, none, -1.0], &mut largest, &mut rows);
+        assert_eq!((largest, rows), ([2.0, 5.0, none, -1.0], [1, 1, u32::MAX, 1]));
     }
 }

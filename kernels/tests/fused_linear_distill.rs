@@ -16,7 +16,7 @@ use limbeck_kernels::{
     },
     oracle,
 };
-use linear_case::{assert_close, linear, linear_of, random, targets, truth, weigh};
+use linear_case::{Linear, assert_close, linear, linear_of, random, targets, truth, weigh};
 
 #[test]
 fn every_divergence_has_the_value_and_the_gradient_of_the_oracle() {
@@ -104,25 +104,48 @@ fn tails_from_a_billionth_to_nearly_everything_keep_their_digits() {
 #[test]
 fn pieces_of_any_size_give_the_oracles_gradients() {
     for divergence in Divergence::EXAMPLES {
-        let case = linear(23, 16, 301, 9, LossSettings::new(divergence));
-        for piece_rows in [1, 4, 7, 23] {
-            let output = host::run_in_pieces(
-                HostMatrix::F32(&case.hidden),
-                HostMatrix::F32(&case.lm_head),
-                case.width,
-                &case.targets,
-                &case.settings,
-                &weigh,
-                Wanted::BOTH,
-                piece_rows * 4 * case.vocab,
-            );
-            let what = format!("{} in pieces of {piece_rows}", divergence.name());
-            assert!((output.loss / case.loss - 1.0).abs() < 1e-6, "{what}: {} instead of {}", output.loss, case.loss);
-            assert_close(&output.hidden_grad.unwrap(), &case.hidden_grad, 1e-5, &what);
-            assert_close(&output.lm_head_grad.unwrap(), &case.lm_head_grad, 1e-5, &what);
-            assert!(output.rows[1].is_none() && output.rows.iter().flatten().count() == 22);
+        // Where the gradient of the head is wanted it has the logits of 16 rows and more, or of all 22.
+        for (width, vocab) in [(16, 301), (40, 5000)] {
+            let case = linear(23, width, vocab, 9, LossSettings::new(divergence));
+            for (piece_rows, (hidden, lm_head)) in
+                [(1, (true, true)), (4, (true, true)), (7, (true, false)), (23, (false, true)), (5, (false, false))]
+            {
+                let output = in_pieces(&case, piece_rows, Wanted { hidden, lm_head });
+                let what = format!("{} {vocab} wide in pieces of {piece_rows}", divergence.name());
+                let ratio = output.loss / case.loss;
+                assert!((ratio - 1.0).abs() < 1e-6, "{what}: {} instead of {}", output.loss, case.loss);
+                assert_eq!((output.hidden_grad.is_some(), output.lm_head_grad.is_some()), (hidden, lm_head), "{what}");
+                assert_close(&output.hidden_grad.unwrap_or_default(), &case.hidden_grad, 1e-5, &what);
+                assert_close(&output.lm_head_grad.unwrap_or_default(), &case.lm_head_grad, 1e-5, &what);
+                assert!(output.rows[1].is_none() && output.rows.iter().flatten().count() == 22);
+            }
         }
     }
+}
+
+#[test]
+fn no_sum_depends_on_the_number_of_threads() {
+    let case = linear(40, 24, 9000, 9, LossSettings { temperature: 2.0, ..LossSettings::new(Divergence::ReverseKl) });
+    let with = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| in_pieces(&case, 16, Wanted::BOTH))
+    };
+    let (one, three) = (with(1), with(3));
+    assert_eq!(one.loss.to_bits(), three.loss.to_bits());
+    assert_eq!((one.rows, one.hidden_grad, one.lm_head_grad), (three.rows, three.hidden_grad, three.lm_head_grad));
+}
+
+fn in_pieces(case: &Linear, rows: usize, wanted: Wanted) -> host::Output {
+    host::run_in_pieces(
+        HostMatrix::F32(&case.hidden),
+        HostMatrix::F32(&case.lm_head),
+        case.width,
+        &case.targets,
+        &case.settings,
+        &weigh,
+        wanted,
+        rows * 4 * case.vocab,
+    )
 }
 
 #[test]

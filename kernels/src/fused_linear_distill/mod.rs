@@ -27,6 +27,7 @@ pub mod device_top_k;
 pub mod graph;
 pub mod host;
 pub mod logits;
+mod pieces;
 pub mod rows;
 pub mod sharded;
 pub mod tiles;

@@ -3,7 +3,7 @@
 //! The vocabulary may come in parts. Each part gives the logits of the outcomes in it and a [`Mass`] of the others;
 //! masses join in any number. Arithmetic on outcomes is f64, for there are few of them; no logits are touched here.
 
-use super::{LossSettings, RowMeasures, RowWeights};
+use super::{LossSettings, NO_LABEL, RowMeasures, RowTargets, RowWeights, Weigh};
 
 /// What some logits that are no outcomes of their own add up to, relative to the largest of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -103,6 +103,46 @@ pub struct Outcomes {
     teacher: Vec<f64>,
     student: Vec<f64>,
     gradient: Vec<f64>,
+}
+
+/// What is known of a row once its outcomes are: its values, and what the gradient of its logits is made of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FinishedRow {
+    pub measures: RowMeasures,
+    pub weights: RowWeights,
+    /// Of the logits that are not kept.
+    pub dense: DenseGradient,
+    /// What a label that is not kept gets beside the dense gradient; 0 where there is none.
+    pub label_gradient: f32,
+}
+
+/// [`Row::finish`] for row `row` of `targets`.
+#[allow(clippy::too_many_arguments)] // a row's targets, what is known of it, and where its gradient goes
+pub fn finish_row(
+    targets: &RowTargets,
+    row: usize,
+    settings: &LossSettings,
+    statistics: &RowStatistics,
+    kept_logits: &[f32],
+    label_logit: f32,
+    weigh: &Weigh<'_>,
+    outcomes: &mut Outcomes,
+    kept_gradient: &mut [f32],
+) -> FinishedRow {
+    let (kept, label) = (targets.kept(row), targets.labels[row]);
+    let label_place = targets.ids[kept.clone()].iter().position(|&id| id == label);
+    let label_logit = label_place.map_or(label_logit, |place| kept_logits[place]);
+    let target = Row {
+        log_probs: &targets.log_probs[kept],
+        log_tail: targets.log_tail[row],
+        kept_logits,
+        label_logit: (label != NO_LABEL).then_some(label_logit),
+        label_place,
+    };
+    let weigh = |measures: &RowMeasures| weigh(row, measures);
+    let (measures, weights, dense) = target.finish(settings, statistics, &weigh, outcomes, kept_gradient);
+    let apart = label != NO_LABEL && label_place.is_none();
+    FinishedRow { measures, weights, dense, label_gradient: if apart { -weights.hard } else { 0.0 } }
 }
 
 impl Row<'_> {

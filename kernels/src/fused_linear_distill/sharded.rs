@@ -15,7 +15,7 @@ use super::{
     LossSettings, NO_LABEL, RowMeasures, RowTargets, RowWeights, Weigh,
     host::{HostMatrix, PIECE_BYTES, Wanted, gather, piece_rows},
     logits::{row_loss, row_statistics as statistics_of_row, write_dense},
-    rows::{DenseGradient, Outcomes, Row, RowStatistics},
+    rows::{DenseGradient, FinishedRow, Outcomes, RowStatistics, finish_row},
 };
 use crate::gemm_call::{View, multiply};
 
@@ -114,23 +114,9 @@ pub fn finish(
             if !targets.has_target(row) {
                 return None;
             }
-            let (kept, label) = (targets.kept(row), targets.labels[row]);
-            let label_place = targets.ids[kept.clone()].iter().position(|&id| id == label);
-            let label_logit = match label_place {
-                Some(place) => statistics.kept_logits[kept.start + place],
-                None => statistics.label_logits[row],
-            };
-            let target = Row {
-                log_probs: &targets.log_probs[kept.clone()],
-                log_tail: targets.log_tail[row],
-                kept_logits: &statistics.kept_logits[kept],
-                label_logit: (label != NO_LABEL).then_some(label_logit),
-                label_place,
-            };
-            let weigh = |measures: &RowMeasures| weigh(row, measures);
-            let (measures, weights, dense) = target.finish(settings, &statistics.rows[row], &weigh, outcomes, slot);
-            let label_gradient = if label != NO_LABEL && label_place.is_none() { -weights.hard } else { 0.0 };
-            Some((measures, weights, dense, label_gradient))
+            let (kept, label_logit) = (&statistics.kept_logits[targets.kept(row)], statistics.label_logits[row]);
+            let statistics = &statistics.rows[row];
+            Some(finish_row(targets, row, settings, statistics, kept, label_logit, weigh, outcomes, slot))
         })
         .collect();
     let mut output = Finished {
@@ -141,7 +127,7 @@ pub fn finish(
         label_gradient: vec![0.0; rows],
     };
     for (row, finished) in finished.into_iter().enumerate() {
-        if let Some((measures, weights, dense, label_gradient)) = finished {
+        if let Some(FinishedRow { measures, weights, dense, label_gradient }) = finished {
             output.loss += row_loss(targets, row, settings, &measures, &weights);
             output.rows[row] = Some((measures, weights));
             output.dense[row] = dense;
