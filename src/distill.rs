@@ -101,11 +101,14 @@ impl Run<'_> {
             Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
             _ => (recipe.train.lr.learning_rate(), recipe.weighting()),
         };
-        let loss = DistillLossConfig::new(recipe.loss.divergence)
+        let mut loss = DistillLossConfig::new(recipe.loss.divergence)
             .with_tail(recipe.loss.tail)
             .with_temperature(recipe.loss.temperature as f32, recipe.loss.t_scale)
-            .with_weighting(weighting, plan.steps)
-            .init()?;
+            .with_weighting(weighting, plan.steps);
+        if recipe.has_sampled_targets() {
+            loss = loss.with_sampled_targets();
+        }
+        let loss = loss.init()?;
         let train = &recipe.train;
         let config = TrainConfig {
             arm: role.name().into(),
