@@ -247,6 +247,6 @@ impl<'a> Filler<'a> {
         }
         let teacher = self.teacher.as_mut().expect("just loaded");
         teacher.set_selection(selection)?;
-        Ok(teacher)
+        Ok(&*teacher)
     }
 }

@@ -131,7 +131,7 @@ impl Selection {
     pub fn check(&self, vocab_size: usize) -> Result<(), Unusable> {
         let share = |parameter, value: f64, least: f64, range: &str| {
             // NaN compares as nothing, so it must not slip through.
-            if value >= least && value <= 1.0 {
+            if (least..=1.0).contains(&value) {
                 return Ok(());
             }
             Err(Unusable { parameter, problem: format!("is {value}"), tip: format!("use a number {range}") })

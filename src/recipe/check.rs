@@ -13,6 +13,7 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     check_teacher_and_cache(recipe)?;
     check_student(recipe)?;
     check_loss(recipe)?;
+    check_sampled(recipe)?;
     check_train(recipe)
 }
 
@@ -276,7 +277,6 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
     if let Err(invalid) = loss.divergence.check() {
         return Err(recipe.error("loss.divergence", format!("is not usable: {}", invalid.problem), invalid.tip));
     }
-    check_sampled(recipe)?;
     let Some(weighting) = &loss.weighting else { return Ok(()) };
     for (name, value, range) in weighting.parameters() {
         recipe.number(&format!("loss.weighting.{name}"), value, range.holds(value), range.words())?;

@@ -338,14 +338,14 @@ fn pad(start: usize, value: Cow<'_, str>) -> String {
     format!("{:start$}v = {value}", "")
 }
 
-/// Keys of which a recipe has one: an override of the one takes the place of the other.
-const ALTERNATIVES: [[&str; 2]; 2] = [["top_k", "selection"], ["selection", "top_k"]];
-
-/// Removes what an override replaces under another name.
+/// Removes what an override replaces under another name: a recipe has one of the two.
 fn make_room(table: &mut DeTable, parts: &[&str]) {
-    let ["cache", name, ..] = parts else { return };
-    let other = ALTERNATIVES.iter().find(|[key, _]| key == name).map(|[_, other]| *other);
-    if let (Some(other), Some(DeValue::Table(cache))) = (other, table.get_mut("cache").map(Spanned::get_mut)) {
+    let other = match parts {
+        ["cache", "top_k", ..] => "selection",
+        ["cache", "selection", ..] => "top_k",
+        _ => return,
+    };
+    if let Some(DeValue::Table(cache)) = table.get_mut("cache").map(Spanned::get_mut) {
         cache.remove(other);
     }
 }
