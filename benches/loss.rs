@@ -13,7 +13,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use limbeck::{
     loss::{DistillLoss, DistillLossConfig, Divergence, Weighting},
-    targets::{Capture, DistillBatch, PackedSequence, SparseTargets},
+    targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetKind},
 };
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -79,6 +79,8 @@ impl Problem {
             offsets: (0..=rows).map(|row| (row * kept) as u64).collect(),
             ids,
             captures: vec![capture],
+            kind: TargetKind::Exact,
+            log_normalizer: None,
         };
         let tokens = (0..=rows).map(|row| (row * 104_729 % vocab) as u32).collect();
         let sequences = vec![PackedSequence { tokens, segments: vec![0; rows + 1] }];

@@ -16,7 +16,8 @@ use limbeck::{
     loss::{DistillLossConfig, Divergence, Weighting},
     models::{Decoder, DecoderConfig, RandomWeights, llama4::shapes, read_config},
     schedule::{LearningRate, Schedule},
-    targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetSource},
+    selection::Selection,
+    targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetKind, TargetSource},
     teacher::ResidentTeacher,
     train::{TrainConfig, Trainer, optimizer::OptimizerConfig},
 };
@@ -55,17 +56,17 @@ fn median(mut seconds: Vec<f64>) -> f64 {
 }
 
 fn teacher(model: Decoder, ids: Vec<u32>, batch: usize, sequence: usize, top_k: usize) -> Result<()> {
-    let teacher = ResidentTeacher::new(model, top_k, &[1.0])?;
+    let teacher = ResidentTeacher::new(model, Selection::TopK { k: top_k }, &[1.0])?;
     let sequences: Vec<PackedSequence> = (0..batch)
         .map(|number| {
             let tokens = (0..=sequence).map(|t| ids[(number * sequence + t) % ids.len()]).collect();
             PackedSequence { tokens, segments: vec![0; sequence + 1] }
         })
         .collect();
-    teacher.targets(&sequences)?;
+    teacher.targets(&sequences, 0)?;
     let seconds = (0..5).map(|_| {
         let began = Instant::now();
-        teacher.targets(&sequences).map(|_| began.elapsed().as_secs_f64())
+        teacher.targets(&sequences, 0).map(|_| began.elapsed().as_secs_f64())
     });
     let seconds = median(seconds.collect::<Result<_>>()?);
     let rate = (batch * sequence) as f64 / seconds;
@@ -114,6 +115,9 @@ fn student(config: DecoderConfig, batch: usize, sequence: usize, top_k: usize, s
             log_tail: vec![0.2f32.ln(); rows],
             label_log_prob: vec![-3.0; rows],
         }],
+
+        kind: TargetKind::Exact,
+        log_normalizer: None,
     };
     let source = MadeUp { batch: DistillBatch { sequences, targets: Some(targets), row_weights: None } };
     let weighting = Weighting::Constant { soft: 0.5 };

@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::path::Path;
 
 use limbeck::Result;
-use limbeck::cache::{CacheReader, Selection};
+use limbeck::cache::CacheReader;
+use limbeck::targets::TargetKind;
 
 use crate::cli::InspectArgs;
 use crate::output::print;
@@ -37,8 +38,7 @@ fn inspect(directory: &Path, verify: bool) -> Result<()> {
         Some(targets) => {
             let teacher = &targets.teacher;
             line("teacher", format!("{}, {}, in {}", teacher.name, teacher.fingerprint, teacher.dtype));
-            let Selection::TopK { k } = targets.selection;
-            line("targets", format!("top {k} and the tail, at temperature {:?}", targets.temperatures));
+            line("targets", format!("{}, at temperature {:?}", targets.selection.summary(), targets.temperatures));
         }
     }
     let counts = &summary.counts;
@@ -57,9 +57,17 @@ fn inspect(directory: &Path, verify: bool) -> Result<()> {
     if settings.soft_targets.is_some() {
         line("kept", format!("{} to {} ids, {:.1} on average", summary.kept_min, summary.kept_max, summary.kept_mean));
     }
+    let drawn = settings.soft_targets.as_ref().is_some_and(|targets| targets.selection.kind() == TargetKind::Sampled);
     for capture in &summary.captures {
+        let name = format!("at {:?}", capture.temperature);
+        if drawn {
+            // Weights of draws have no tail, and an entropy that is not the teacher's.
+            let (off, loss) = (capture.mass_error, capture.label_loss);
+            line(&name, format!("weights add up to 1 within {off:.4}, loss on the text {loss:.3} nats"));
+            continue;
+        }
         line(
-            &format!("at {:?}", capture.temperature),
+            &name,
             format!(
                 "tail {:.4} (median {:.4}), entropy {:.3} nats, loss on the text {:.3} nats",
                 capture.tail_mean, capture.tail_deciles[5], capture.entropy, capture.label_loss

@@ -19,7 +19,8 @@ use crate::{
     progress::{Progress, Unit},
     recipe::Recipe,
     run::RunOptions,
-    targets::TargetSource,
+    selection::Selection,
+    targets::{TargetKind, TargetSource},
     train::{
         TrainConfig, TrainOutput, Trainer,
         metrics::{EvalMetrics, read_metrics},
@@ -101,11 +102,14 @@ impl Run<'_> {
             Role::Control => (recipe.control_learning_rate(), Weighting::hard_only()),
             _ => (recipe.train.lr.learning_rate(), recipe.weighting()),
         };
-        let loss = DistillLossConfig::new(recipe.loss.divergence)
+        let mut loss = DistillLossConfig::new(recipe.loss.divergence)
             .with_tail(recipe.loss.tail)
             .with_temperature(recipe.loss.temperature as f32, recipe.loss.t_scale)
-            .with_weighting(weighting, plan.steps)
-            .init()?;
+            .with_weighting(weighting, plan.steps);
+        if recipe.has_sampled_targets() {
+            loss = loss.with_sampled_targets();
+        }
+        let loss = loss.init()?;
         let train = &recipe.train;
         let config = TrainConfig {
             arm: role.name().into(),
@@ -231,6 +235,15 @@ impl Run<'_> {
         let summary = self.caches.train.summary()?;
         let capture = summary.captures.iter().find(|capture| capture.temperature == 1.0).or(summary.captures.first());
         let settings = &self.caches.train.manifest().settings;
+        let selection = settings.soft_targets.as_ref().map(|soft_targets| &soft_targets.selection);
+        // Weights of drawn ids have no tail, and an entropy that is not the teacher's.
+        let capture = capture.filter(|_| selection.is_some_and(|selection| selection.kind() == TargetKind::Exact));
+        let mut more = vec![
+            Fact::new("codec", settings.codec.name()),
+            Fact::new("kept", selection.map_or("nothing".into(), Selection::summary)),
+        ];
+        more.extend(capture.map(|capture| Fact::new("teacher's entropy", format!("{:.3} nats", capture.entropy))));
+        more.push(Fact::new("root", &self.caches.train.manifest().root));
         Ok(CacheFacts {
             row_count: summary.counts.valid_rows,
             byte_count: summary.bytes,
@@ -238,11 +251,7 @@ impl Run<'_> {
             kept_per_row: summary.kept_mean,
             tail_mass: capture.map_or(f64::NAN, |capture| capture.tail_mean),
             vocabulary_size: Some(settings.tokenizer.vocab_size as u64),
-            more: vec![
-                Fact::new("codec", settings.codec.name()),
-                Fact::new("teacher's entropy", format!("{:.3} nats", capture.map_or(f64::NAN, |c| c.entropy))),
-                Fact::new("root", &self.caches.train.manifest().root),
-            ],
+            more,
         })
     }
 }

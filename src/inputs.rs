@@ -45,7 +45,7 @@ impl Inputs {
         recipe.check_seq_len("the student", student.max_position)?;
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
-            recipe.check_top_k(teacher.vocab_size)?;
+            recipe.check_selection(teacher.vocab_size)?;
         }
         let teacher_vocab = teacher.as_ref().map(|teacher| teacher.vocab_size);
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;

@@ -67,6 +67,7 @@ mod quantity;
 pub mod recipe;
 pub mod run;
 pub mod schedule;
+pub mod selection;
 pub mod targets;
 pub mod teacher;
 pub mod tokenizer;

@@ -6,8 +6,7 @@ use burn::tensor::Device;
 
 use crate::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Expectation, Selection, SoftTargetSettings, TeacherIdentity,
-        TokenizerIdentity,
+        CacheReader, CacheSettings, CacheWriter, Expectation, SoftTargetSettings, TeacherIdentity, TokenizerIdentity,
     },
     checkpoint::CheckpointReader,
     data::{DataLoader, HeldOut, Position},
@@ -17,7 +16,8 @@ use crate::{
     progress::{Progress, Unit},
     recipe::Recipe,
     run::RunOptions,
-    targets::{PackedSequence, TargetSource},
+    selection::Selection,
+    targets::{PackedSequence, TargetKind, TargetSource},
     teacher::ResidentTeacher,
 };
 
@@ -87,7 +87,7 @@ impl<'a> Filler<'a> {
                     fingerprint: reader.fingerprint()?,
                     dtype: "f32".into(),
                 },
-                selection: Selection::TopK { k: recipe.cache.top_k },
+                selection: recipe.cache.selection(),
                 temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
             }),
             _ => None,
@@ -150,8 +150,18 @@ impl<'a> Filler<'a> {
             seq_len: self.inputs.data.seq_len,
             sequences_per_shard: self.recipe.cache.sequences_per_shard,
             codec: self.recipe.cache.codec,
-            soft_targets: self.soft_targets.clone(),
+            soft_targets: self
+                .soft_targets
+                .clone()
+                .map(|soft_targets| SoftTargetSettings { selection: self.selection(split), ..soft_targets }),
         })
+    }
+
+    /// What is kept of a split. What is measured on held-out text is no gradient that could be unbiased, so draws serve
+    /// the training text alone.
+    fn selection(&self, split: &str) -> Selection {
+        let selection = self.recipe.cache.selection();
+        if split == "held_out" && selection.kind() == TargetKind::Sampled { Selection::default() } else { selection }
     }
 
     /// Ids the soft targets may name: the teacher's, which may be padded beyond the tokenizer's.
@@ -191,7 +201,10 @@ impl<'a> Filler<'a> {
                 continue;
             }
             let targets: Vec<_> = match &self.soft_targets {
-                Some(_) => self.teacher()?.targets(&sequences)?.into_iter().map(Some).collect(),
+                Some(_) => {
+                    let first = writer.next_sequence() - sealed;
+                    self.teacher(split)?.targets(&sequences, first)?.into_iter().map(Some).collect()
+                }
                 None => vec![None; sequences.len()],
             };
             for (sequence, targets) in sequences.into_iter().zip(targets).skip(sealed as usize) {
@@ -222,15 +235,18 @@ impl<'a> Filler<'a> {
         predicted.map(|id| self.token_bytes.get(id as usize).copied().unwrap_or(0) as u64).sum()
     }
 
-    fn teacher(&mut self) -> Result<&ResidentTeacher> {
+    fn teacher(&mut self, split: &str) -> Result<&ResidentTeacher> {
+        let selection = self.selection(split);
         if self.teacher.is_none() {
             let (Some(reader), Some(config)) = (&self.teacher_reader, &self.inputs.teacher) else {
                 unreachable!("soft targets come with a teacher");
             };
             let model = Decoder::load(config.clone(), &CheckpointWeights::new(reader), &self.device)?;
             let temperatures: Vec<f32> = self.recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
-            self.teacher = Some(ResidentTeacher::new(model, self.recipe.cache.top_k, &temperatures)?);
+            self.teacher = Some(ResidentTeacher::new(model, selection.clone(), &temperatures)?);
         }
-        Ok(self.teacher.as_ref().expect("just loaded"))
+        let teacher = self.teacher.as_mut().expect("just loaded");
+        teacher.set_selection(selection)?;
+        Ok(&*teacher)
     }
 }

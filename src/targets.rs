@@ -32,20 +32,34 @@ impl PackedSequence {
     }
 }
 
+/// What the numbers beside kept ids are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TargetKind {
+    /// The teacher's probabilities of the kept ids, with that of all others beside them.
+    #[default]
+    Exact,
+    /// Weights whose expectation is the teacher's whole distribution: ids were drawn, and there is no tail. Serves what is
+    /// linear in the teacher's probabilities, and nothing else.
+    Sampled,
+}
+
 /// Teacher probabilities at one temperature, for rows of kept ids (see [`SparseTargets`]). Natural logarithms.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Capture {
     /// The temperature the full teacher row was divided by before its softmax.
     pub temperature: f32,
-    /// Log-probability of each kept id under the full softmax, in the order of [`SparseTargets::ids`].
+    /// Log-probability of each kept id under the full softmax, in the order of [`SparseTargets::ids`]; the log of its
+    /// weight where ids were drawn.
     pub log_probs: Vec<f32>,
-    /// Per row, log of the probability outside the kept ids, measured on the full row (`-inf` when nothing is left).
+    /// Per row, log of the probability outside the kept ids, measured on the full row (`-inf` when nothing is left,
+    /// and where ids were drawn).
     pub log_tail: Vec<f32>,
     /// Per row, log-probability of the label, kept or not.
     pub label_log_prob: Vec<f32>,
 }
 
-/// Soft targets of some rows: per row a variable number of kept ids, in descending order of probability.
+/// Soft targets of some rows: per row a variable number of kept ids, in descending order of probability (or weight) at
+/// the first temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SparseTargets {
     /// Row `r` keeps `ids[offsets[r]..offsets[r + 1]]`. Length rows + 1, starts with 0, never decreases.
@@ -54,6 +68,9 @@ pub struct SparseTargets {
     pub ids: Vec<u32>,
     /// One capture per temperature; at least one.
     pub captures: Vec<Capture>,
+    pub kind: TargetKind,
+    /// Per row, the log-sum-exp of the teacher's logits, undivided by any temperature; `None` where nobody kept it.
+    pub log_normalizer: Option<Vec<f32>>,
 }
 
 impl SparseTargets {
@@ -66,17 +83,28 @@ impl SparseTargets {
         self.captures.iter().find(|capture| capture.temperature == temperature)
     }
 
-    /// An empty set of rows at the given temperatures, to be filled with [`SparseTargets::extend`].
+    /// An empty set of rows at the given temperatures, to be filled with [`SparseTargets::extend`]. Of which kind it is,
+    /// and whether normalisers are kept, the first rows decide.
     pub fn empty(temperatures: &[f32]) -> Self {
         let captures = temperatures
             .iter()
             .map(|&temperature| Capture { temperature, log_probs: vec![], log_tail: vec![], label_log_prob: vec![] })
             .collect();
-        SparseTargets { offsets: vec![0], ids: vec![], captures }
+        SparseTargets { offsets: vec![0], ids: vec![], captures, kind: TargetKind::Exact, log_normalizer: None }
     }
 
-    /// Appends the rows of `other`, which must have the same temperatures in the same order.
+    /// Appends the rows of `other`, which must have the same temperatures in the same order and be of the same kind.
+    /// Normalisers stay where all rows have them.
     pub fn extend(&mut self, other: &SparseTargets) {
+        if self.row_count() == 0 {
+            (self.kind, self.log_normalizer) = (other.kind, other.log_normalizer.clone());
+        } else if other.row_count() > 0 {
+            assert_eq!(self.kind, other.kind, "probabilities beside drawn weights");
+            match (&mut self.log_normalizer, &other.log_normalizer) {
+                (Some(mine), Some(theirs)) => mine.extend_from_slice(theirs),
+                _ => self.log_normalizer = None,
+            }
+        }
         let base = *self.offsets.last().expect("offsets start with 0");
         self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
         self.ids.extend_from_slice(&other.ids);
@@ -105,6 +133,8 @@ impl SparseTargets {
                     label_log_prob: capture.label_log_prob[start..end].to_vec(),
                 })
                 .collect(),
+            kind: self.kind,
+            log_normalizer: self.log_normalizer.as_ref().map(|normalizers| normalizers[start..end].to_vec()),
         }
     }
 }

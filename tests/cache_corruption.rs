@@ -164,7 +164,7 @@ fn an_edited_manifest_with_a_root_that_agrees_must_still_make_sense() {
     write(folder.path(), &settings(3, 2, &[1.0]), 3);
     let intact = files(folder.path());
     for (from, to, expected) in [
-        ("\"k\": 4", "\"k\": 51", "top_k is 51, but the vocabulary has only 50 tokens"),
+        ("\"k\": 4", "\"k\": 51", "the selection top_k has a k that is 51, but the teacher's vocabulary has 50 tokens"),
         ("\"k\": 4", "\"l\": 4", "it is not a manifest of format version 1: unknown field `l`"),
         ("\"split\"", "\"spilt\"", "it is not a manifest of format version 1: unknown field `spilt`"),
         ("\"raw\"", "\"cooked\"", "it is not a manifest of format version 1: unknown variant `cooked`"),

@@ -97,9 +97,7 @@ fn rows_that_predict_nothing_carry_zeros() {
         log_tail: vec![-1.0, f32::NAN],
         label_log_prob: vec![-2.0, -3.0],
     };
-    writer
-        .push(sequence, Some(SparseTargets { offsets: vec![0, 1, 1], ids: vec![9], captures: vec![capture] }), 4)
-        .unwrap();
+    writer.push(sequence, Some(exact(vec![0, 1, 1], vec![9], capture)), 4).unwrap();
     writer.finish().unwrap();
     let batch = CacheReader::open(folder.path()).unwrap().read(&[0]).unwrap();
     let capture = &batch.targets.unwrap().captures[0];
@@ -119,7 +117,7 @@ fn what_no_cache_may_hold_is_refused_by_sequence_and_row() {
             label_log_prob: vec![-0.5, -9.0],
         };
         let sequence = PackedSequence { tokens: vec![1, 2, 3], segments: vec![0, 0, 0] };
-        (sequence, SparseTargets { offsets: vec![0, 2, 3], ids: vec![7, 8, 9], captures: vec![capture] })
+        (sequence, exact(vec![0, 2, 3], vec![7, 8, 9], capture))
     };
     type Change = fn(&mut PackedSequence, &mut SparseTargets);
     let cases: [(&str, Change); 19] = [
@@ -145,7 +143,7 @@ fn what_no_cache_may_hold_is_refused_by_sequence_and_row() {
         ("label_log_prob.0 of row 0 is 0.5, a probability above 1", |_, targets| {
             targets.captures[0].label_log_prob[0] = 0.5
         }),
-        ("row 0 keeps 5 ids, more than top_k = 4", |_, targets| {
+        ("row 0 keeps 5 ids, more than 4 under top_k = 4", |_, targets| {
             targets.ids = vec![1, 2, 3, 4, 5];
             targets.offsets = vec![0, 5, 5];
             targets.captures[0].log_probs = vec![-1.0; 5];
@@ -312,7 +310,7 @@ fn the_summary_counts_what_is_there() {
             log_tail: vec![quarter, f32::NEG_INFINITY, 0.0, 0.0],
             label_log_prob: vec![quarter, 0.0, quarter, 0.0],
         };
-        let targets = SparseTargets { offsets: vec![0, 2, 3, 3, 3], ids: vec![3, 9, 4], captures: vec![capture] };
+        let targets = exact(vec![0, 2, 3, 3, 3], vec![3, 9, 4], capture);
         writer.push(sequence, Some(targets), 10 + number).unwrap();
     }
     writer.finish().unwrap();
@@ -400,4 +398,85 @@ fn python_reads_the_same_numbers() {
             assert_eq!(*line, expected);
         }
     }
+}
+
+#[test]
+fn drawn_targets_and_normalisers_come_back_as_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut drawn = settings(2, 2, &[1.0, 2.0]);
+    drawn.soft_targets.as_mut().unwrap().selection = Selection::ThresholdSampled { threshold: 0.5, seed: 3 };
+    let good = || {
+        let sequence = PackedSequence { tokens: vec![1, 2, 3], segments: vec![0, 0, 0] };
+        let capture = |temperature, log_probs| Capture {
+            temperature,
+            log_probs,
+            log_tail: vec![f32::NEG_INFINITY; 2],
+            label_log_prob: vec![-1.0; 2],
+        };
+        // At the second temperature weights are in no order, and may be above 1.
+        let captures = vec![capture(1.0, vec![-0.1, -0.7, -0.2]), capture(2.0, vec![-0.5, 0.25, -0.3])];
+        let targets = SparseTargets {
+            offsets: vec![0, 2, 3],
+            ids: vec![7, 8, 9],
+            captures,
+            kind: TargetKind::Sampled,
+            log_normalizer: Some(vec![12.5, -3.0]),
+        };
+        (sequence, targets)
+    };
+    let mut writer = CacheWriter::create_or_resume(folder.path(), drawn).unwrap();
+    type Change = fn(&mut SparseTargets);
+    let cases: [(&str, Change); 5] = [
+        ("its targets are exact, those of threshold_sampled are drawn", |targets| targets.kind = TargetKind::Exact),
+        ("log_tail.1 of row 1 is -3, but drawn ids leave no tail", |targets| targets.captures[1].log_tail[1] = -3.0),
+        ("log_probs.0 of row 0 do not descend", |targets| targets.captures[0].log_probs[1] = 0.0),
+        ("its log_normalizer has 1 numbers, not 2", |targets| targets.log_normalizer = Some(vec![1.0])),
+        ("log_normalizer of row 1 (inf) is not finite", |targets| {
+            targets.log_normalizer = Some(vec![1.0, f32::INFINITY])
+        }),
+    ];
+    for (expected, change) in cases {
+        let (sequence, mut targets) = good();
+        change(&mut targets);
+        let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    for _ in 0..3 {
+        let (sequence, targets) = good();
+        writer.push(sequence, Some(targets), 1).unwrap();
+    }
+    writer.finish().unwrap();
+    let reader = CacheReader::open(folder.path()).unwrap();
+    let found = reader.read(&[2, 0]).unwrap().targets.unwrap();
+    let mut truth = good().1;
+    truth.extend(&good().1);
+    assert_same_bits(&found, &truth);
+    assert_eq!(reader.manifest().settings.soft_targets.as_ref().unwrap().selection.kind(), TargetKind::Sampled);
+
+    let mut exact = settings(2, 2, &[1.0, 2.0]);
+    exact.data_fingerprint = "another".into();
+    let mut writer = CacheWriter::create_or_resume(folder.path().join("exact"), exact).unwrap();
+    let (sequence, targets) = good();
+    let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
+    assert!(error.contains("its targets are drawn, those of top_k are exact"), "{error}");
+}
+
+#[test]
+fn normalisers_are_dropped_where_not_all_rows_have_them() {
+    let mut with = SparseTargets::empty(&[1.0]);
+    let row = |log_normalizer: Option<f32>| SparseTargets {
+        log_normalizer: log_normalizer.map(|value| vec![value]),
+        ..exact(
+            vec![0, 1],
+            vec![4],
+            Capture { temperature: 1.0, log_probs: vec![-1.0], log_tail: vec![-0.5], label_log_prob: vec![-2.0] },
+        )
+    };
+    with.extend(&row(Some(3.0)));
+    with.extend(&row(Some(4.0)));
+    assert_eq!(with.log_normalizer.as_deref(), Some(&[3.0, 4.0][..]));
+    assert_eq!(with.slice(1, 2).log_normalizer.as_deref(), Some(&[4.0][..]));
+    with.extend(&row(None));
+    with.extend(&row(Some(5.0)));
+    assert_eq!((with.row_count(), with.log_normalizer), (4, None));
 }

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use limbeck::{
     checkpoint::read_safetensors,
     loss::{DistillLossConfig, Divergence, LossOutput, Weighting},
-    targets::{Capture, DistillBatch, PackedSequence, SparseTargets},
+    targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetKind},
 };
 use limbeck_kernels::{
     oracle::{self, KeptRow},
@@ -41,7 +41,13 @@ fn batch_of(sequences: Vec<PackedSequence>, teacher: &[f32], vocab: usize, k: us
                 capture.log_tail = vec![summary.log_tail];
                 capture.label_log_prob = vec![summary.label_log_prob];
             }
-            targets.extend(&SparseTargets { offsets, ids, captures: vec![capture] });
+            targets.extend(&SparseTargets {
+                offsets,
+                ids,
+                captures: vec![capture],
+                kind: TargetKind::Exact,
+                log_normalizer: None,
+            });
         }
     }
     DistillBatch { sequences, targets: Some(targets), row_weights: None }
@@ -192,6 +198,8 @@ fn missing_soft_targets_are_an_error_not_a_fallback() {
         offsets: vec![0, 0],
         ids: vec![],
         captures: vec![Capture { temperature: 1.0, log_probs: vec![], log_tail: vec![0.0], label_log_prob: vec![0.0] }],
+        kind: TargetKind::Exact,
+        log_normalizer: None,
     };
     with_gap.extend(&empty);
     with_gap.extend(&targets.slice(1, 16));
@@ -218,4 +226,76 @@ fn any_split_into_micro_batches_gives_the_same_gradient() {
     }
     assert_eq!(count, output.token_count);
     assert_eq!(parts, gradient, "a row's gradient does not know its neighbours");
+}
+
+/// One row of drawn ids.
+fn drawn(ids: &[u32], weights: &[f32]) -> DistillBatch {
+    let log_probs = weights.iter().map(|weight| weight.ln()).collect();
+    let capture =
+        Capture { temperature: 1.0, log_probs, log_tail: vec![f32::NEG_INFINITY], label_log_prob: vec![-1.0] };
+    let targets = SparseTargets {
+        offsets: vec![0, ids.len() as u64],
+        ids: ids.to_vec(),
+        captures: vec![capture],
+        kind: TargetKind::Sampled,
+        log_normalizer: None,
+    };
+    let sequences = vec![PackedSequence { tokens: vec![0, 1], segments: vec![0, 0] }];
+    DistillBatch { sequences, targets: Some(targets), row_weights: None }
+}
+
+#[test]
+fn drawn_targets_pull_by_their_weights_and_have_no_tail() {
+    let vocab = 30;
+    let student = random(vocab, 8, 4.0);
+    let config = || {
+        DistillLossConfig::new(Divergence::ForwardKl)
+            .with_weighting(Weighting::Constant { soft: 1.0 }, 1)
+            .with_sampled_targets()
+    };
+    // Weights need not add up to one.
+    let (ids, weights) = ([7u32, 2, 20], [0.5f32, 0.3, 0.3]);
+    let (output, gradient) = forward(config(), &student, vocab, &drawn(&ids, &weights));
+    let wide: Vec<f64> = student.iter().map(|&v| v as f64).collect();
+    let log_q = oracle::log_softmax(&wide, 1.0);
+    for (v, gradient) in gradient.iter().enumerate() {
+        let weight = ids.iter().position(|&id| id as usize == v).map_or(0.0, |at| weights[at] as f64);
+        let truth = 1.1 * log_q[v].exp() - weight;
+        assert!((*gradient as f64 - truth).abs() < 1e-6, "gradient[{v}] {gradient} instead of {truth}");
+    }
+    let value: f64 = ids.iter().zip(weights).map(|(&id, w)| w as f64 * ((w as f64).ln() - log_q[id as usize])).sum();
+    assert!((output.value - value).abs() < 1e-6 * value.abs(), "{} instead of {value}", output.value);
+    assert_eq!(output.agreed, None);
+
+    // Draws that were not merged are, whatever their order.
+    let (merged, same) = forward(config(), &student, vocab, &drawn(&[2, 7, 20, 7, 2], &[0.1, 0.25, 0.3, 0.25, 0.2]));
+    assert!((merged.value - output.value).abs() < 1e-6);
+    assert!(gradient.iter().zip(same).all(|(a, b)| (a - b).abs() < 1e-6));
+}
+
+#[test]
+fn drawn_targets_are_refused_where_they_would_be_biased() {
+    let vocab = 30;
+    let logits = Tensor::<2>::from_data(TensorData::new(random(vocab, 8, 4.0), [1, vocab]), &Device::flex());
+    let batch = drawn(&[3, 4], &[0.5, 0.5]);
+    let loss = DistillLossConfig::new(Divergence::ForwardKl).init().unwrap();
+    assert_eq!(
+        loss.forward_logits(0, logits.clone(), &batch).unwrap_err().to_string(),
+        "the targets were drawn from the teacher, and the loss expects its likeliest ids; make the loss with \
+         `with_sampled_targets`"
+    );
+    let message = |config: DistillLossConfig| config.with_sampled_targets().init().unwrap_err().to_string();
+    for divergence in Divergence::EXAMPLES {
+        if divergence.is_linear_in_the_teacher() {
+            limbeck::loss::divergence(divergence, 1.0, logits.clone(), &batch).unwrap();
+            continue;
+        }
+        let expected = format!(
+            "{} of sampled targets is biased; use `forward_kl` or `soft_cross_entropy`, or keep the likeliest ids",
+            divergence.name()
+        );
+        assert_eq!(message(DistillLossConfig::new(divergence)), expected);
+        let error = limbeck::loss::divergence(divergence, 1.0, logits.clone(), &batch).unwrap_err();
+        assert_eq!(error.to_string(), expected);
+    }
 }

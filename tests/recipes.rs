@@ -9,6 +9,7 @@ use limbeck::loss::Weighting;
 use limbeck::recipe::{Plan, Recipe, all_keys};
 use limbeck::run::RunOptions;
 use limbeck::schedule::Schedule;
+use limbeck::selection::Selection;
 
 const SMALL: &str = r#"name = "small"
 
@@ -141,7 +142,7 @@ fn overrides_replace_and_add_keys() {
         ],
     )
     .unwrap();
-    assert_eq!((recipe.cache.top_k, recipe.data.tokens, recipe.name.as_str()), (8, 64_000, "other-name"));
+    assert_eq!((recipe.cache.top_k.unwrap(), recipe.data.tokens, recipe.name.as_str()), (8, 64_000, "other-name"));
     assert_eq!(recipe.data.sources[0].weight, 2.0);
     assert_eq!(recipe.data.held_out, HeldOut::Sources(vec![DataSource::new("/held_out.txt")]));
     assert_eq!(recipe.control_learning_rate().schedule, Schedule::Constant { value: 1e-2 });
@@ -332,6 +333,26 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("teacher.mode=remote", "`teacher.mode` is `remote`, which this version cannot do; use `resident`"),
         ("teacher.dtype=bf16", "`teacher.dtype` is `bf16`, which this version cannot compute in; use `f32`"),
         ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),
+        (
+            "cache.selection={ kind = \"min_prob\", theta = 0 }",
+            "`cache.selection.theta` is 0; use a number above 0 and at most 1, as in 0.001",
+        ),
+        (
+            "cache.selection={ kind = \"min_prob\", cap = 0 }",
+            "`cache.selection.cap` is 0; keep at least 1 id per prediction",
+        ),
+        (
+            "cache.selection={ kind = \"top_p\", p = 2.5 }",
+            "`cache.selection.p` is 2.5; use a number above 0 and at most 1, as in 0.95",
+        ),
+        (
+            "cache.selection={ kind = \"threshold_sampled\", threshold = nan }",
+            "`cache.selection.threshold` is NaN; use a number from 0.00001 to 1, as in 0.01",
+        ),
+        (
+            "cache.selection={ kind = \"sampled\", draws = 0 }",
+            "`cache.selection.draws` is 0; keep at least 1 id per prediction",
+        ),
         ("cache.temperatures=[]", "`cache.temperatures` is empty; use [1.0]"),
         ("cache.temperatures=[0]", "`cache.temperatures` is 0; use a number above 0 for each temperature"),
         ("cache.temperatures=[1, 2, 1]", "`cache.temperatures` has 1 twice; name each temperature once"),
@@ -458,12 +479,12 @@ fn contradictions_are_refused_with_a_way_out() {
 #[test]
 fn what_only_the_models_know_is_checked_with_their_numbers() {
     let recipe = parse(SMALL, &[]).unwrap();
-    recipe.check_top_k(32).unwrap();
+    recipe.check_selection(32).unwrap();
     recipe.check_seq_len("the teacher", 256).unwrap();
     recipe.check_vocabulary(320, 300, Some(320)).unwrap();
     let messages = [
         (
-            recipe.check_top_k(31),
+            recipe.check_selection(31),
             "line 12: `cache.top_k` is 32, but the teacher's vocabulary has 31 tokens; use at most 31",
         ),
         (
@@ -539,4 +560,91 @@ fn held_out_text_needs_targets_at_temperature_one() {
     let message = mistake(SMALL, &overrides);
     assert!(message.contains("`cache.temperatures` lacks 1.0, at which held-out text is compared"), "{message}");
     parse(SMALL, &["data.held_out=1%", "cache.temperatures=[1.0, 2.0]", "loss.temperature=2.0"]).unwrap();
+}
+
+#[test]
+fn a_selection_is_a_name_a_table_or_a_number_of_ids() {
+    let selection = |overrides: &[&str]| parse(SMALL, overrides).unwrap().cache.selection();
+    assert_eq!(selection(&[]), Selection::TopK { k: 32 });
+    let without = SMALL.replace("[cache]\ntop_k = 32\n", "");
+    let recipe = parse(&without, &[]).unwrap();
+    assert_eq!(recipe.cache.selection(), Selection::MinProb { theta: 1e-3, cap: 128 });
+    assert_eq!(recipe.cache.selection(), Selection::default());
+    // The default is frozen with the recipe.
+    assert!(recipe.to_toml().contains("theta = 0.001"), "{}", recipe.to_toml());
+
+    // An override of one takes the place of the other, and later ones that of earlier ones.
+    assert_eq!(selection(&["cache.selection=min_prob"]), Selection::default());
+    assert_eq!(
+        selection(&["cache.selection={ kind = \"threshold_sampled\", threshold = 3e-3, seed = 5 }"]),
+        Selection::ThresholdSampled { threshold: 3e-3, seed: 5 }
+    );
+    assert_eq!(
+        selection(&["cache.selection=sampled", "cache.selection={ kind = \"top_p\" }", "cache.selection.p=0.8"]),
+        Selection::TopP { p: 0.8, cap: 128 }
+    );
+    assert_eq!(selection(&["cache.selection=sampled", "cache.top_k=5"]), Selection::TopK { k: 5 });
+    assert_eq!(
+        selection(&["cache.selection={ kind = \"sampled\", draws = 9 }"]),
+        Selection::Sampled { draws: 9, seed: 0 }
+    );
+    let frozen = parse(SMALL, &["cache.selection=threshold_sampled"]).unwrap().to_toml();
+    let again = Recipe::parse(&frozen, "/elsewhere/recipe.toml", &[]).unwrap();
+    assert_eq!(again.cache.selection(), Selection::ThresholdSampled { threshold: 1e-2, seed: 0 });
+    assert_eq!(again.to_toml(), frozen);
+}
+
+#[test]
+fn a_selection_that_cannot_be_is_refused_with_its_place() {
+    assert_eq!(
+        mistake_in("top_k = 32", "top_k = 32\nselection = \"min_prob\""),
+        "line 12: `cache.top_k` is given beside `cache.selection`; give only one of the two"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "selection = \"min_probe\""),
+        "line 12: `cache.selection` is `min_probe`; allowed: `min_prob`, `top_k`, `top_p`, `threshold_sampled`, \
+         `sampled`; did you mean `min_prob`?"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "selection = { kind = \"min_prob\", thteta = 1e-3 }"),
+        "line 12: `thteta` is not a key of [cache.selection]; did you mean `theta`?"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "selection = { kind = \"min_prob\", draws = 3 }"),
+        "line 12: `cache.selection.draws` is not for this kind; use `theta` or `cap`"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "selection = { theta = 1e-3 }"),
+        "line 12: `cache.selection.kind` is missing; add `kind`"
+    );
+    assert_eq!(
+        mistake_in("top_k = 32", "selection = 3"),
+        "line 12: `cache.selection` is integer `3`; expected the name of a selection, or a table with its `kind`"
+    );
+    let recipe = parse(SMALL, &["cache.selection={ kind = \"top_k\", k = 50 }"]).unwrap();
+    let error = recipe.check_selection(40).unwrap_err().to_string();
+    assert!(error.ends_with("`cache.selection.k` is 50, but the teacher's vocabulary has 40 tokens; use at most 40"));
+    // A cap is no promise that there are as many.
+    parse(SMALL, &["cache.selection=min_prob"]).unwrap().check_selection(40).unwrap();
+}
+
+#[test]
+fn losses_that_drawn_targets_would_bias_are_refused_with_their_place() {
+    let drawn = "cache.selection=threshold_sampled";
+    assert_eq!(
+        mistake(&SMALL.replace("[cache]", "[loss]\ndivergence = \"reverse_kl\"\n[cache]"), &[drawn]),
+        "line 12: `loss.divergence` does not go with `cache.selection` = `threshold_sampled`: reverse_kl of sampled \
+         targets is biased; use `forward_kl` or `soft_cross_entropy`, or keep the likeliest ids"
+    );
+    assert_eq!(
+        mistake(SMALL, &["loss.weighting={ kind = \"teacher_entropy\", soft = 0.5 }", "cache.selection=sampled"]),
+        "--set loss.weighting={ kind = \"teacher_entropy\", soft = 0.5 }: `loss.weighting` does not go with \
+         `cache.selection` = `sampled`: the entropy of sampled targets is not the teacher's; use another weighting, or \
+         keep the likeliest ids"
+    );
+    for fine in ["forward_kl", "soft_cross_entropy"] {
+        let recipe = parse(SMALL, &[drawn, &format!("loss.divergence={fine}")]).unwrap();
+        assert!(recipe.has_sampled_targets());
+    }
+    assert!(!parse(SMALL, &["loss.divergence=reverse_kl", "cache.selection=top_p"]).unwrap().has_sampled_targets());
 }

@@ -18,6 +18,7 @@ use limbeck::loss::{DistillLossConfig, Divergence, Weighting};
 use limbeck::models::{Decoder, RandomWeights};
 use limbeck::progress::Progress;
 use limbeck::schedule::{LearningRate, Schedule};
+use limbeck::selection::Selection;
 use limbeck::targets::{DistillBatch, PackedSequence, SparseTargets, TargetSource};
 use limbeck::teacher::ResidentTeacher;
 use limbeck::train::metrics::{EvalMetrics, Metric, read_metrics};
@@ -47,7 +48,8 @@ impl Source {
             .collect();
         let sequences = pack(&documents, 32, 0);
         let teacher = random_model(scout(2, VOCAB).decoder(Path::new("teacher")).unwrap(), 5, &Device::flex());
-        let targets = ResidentTeacher::new(teacher, 8, &[1.0]).unwrap().targets(&sequences).unwrap();
+        let targets =
+            ResidentTeacher::new(teacher, Selection::TopK { k: 8 }, &[1.0]).unwrap().targets(&sequences, 0).unwrap();
         Source { sequences, targets, readings: Cell::new(0), stop_at: None }
     }
 }

@@ -1,128 +1,52 @@
-//! The teacher's row in short: the `k` most probable ids, their log-probabilities, and the exact mass of all others.
+//! The `k` most probable ids of a teacher's row: the plainest of the [selections](crate::selection).
 
-use rayon::prelude::*;
+use std::cmp::Ordering;
 
-use crate::vector_math::{exp, max, vectorised};
+use crate::{
+    row_masses::BLOCK,
+    selection::{RowPlace, Rule, SelectedRow, select},
+};
 
-/// What is kept of one row of logits. Natural logarithms.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TopKRow {
-    /// The `k` largest logits' ids, largest first; of equal logits the smaller id first.
-    pub ids: Vec<u32>,
-    /// One summary per temperature asked for.
-    pub summaries: Vec<RowSummary>,
-}
-
-/// The softmax of one row at one temperature, seen through the kept ids.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RowSummary {
-    /// Log-probability of each kept id under the full softmax.
-    pub log_probs: Vec<f32>,
-    /// Log of the probability of all other ids together, summed over them (never one minus the rest).
-    pub log_tail: f32,
-    /// Log-probability of the label.
-    pub label_log_prob: f32,
-}
-
-/// Summarises each row of logits.
+/// Summarises each row of logits by its `k` largest entries.
 ///
 /// # Shapes
 /// - `logits` `[N, V]` row-major, `labels` `[N]`; `k <= V`
 ///
 /// A row with a NaN or without a finite largest logit gives NaN log-probabilities, which the caller must refuse.
-pub fn top_k(logits: &[f32], vocab: usize, labels: &[u32], k: usize, temperatures: &[f32]) -> Vec<TopKRow> {
-    assert!(k >= 1 && k <= vocab, "k must be between 1 and the vocabulary");
-    logits
-        .par_chunks(vocab)
-        .zip(labels)
-        .map(|(row, &label)| {
-            let ids = largest_ids(row, k);
-            let summaries = temperatures.iter().map(|&t| summarise(row, &ids, label, t)).collect();
-            TopKRow { ids, summaries }
-        })
-        .collect()
+pub fn top_k(logits: &[f32], vocab: usize, labels: &[u32], k: usize, temperatures: &[f32]) -> Vec<SelectedRow> {
+    // Nothing is drawn, so where a row stands makes no difference.
+    let places: Vec<RowPlace> = labels.iter().map(|&label| RowPlace { label, sequence: 0, row: 0 }).collect();
+    select(logits, vocab, &places, Rule::TopK { k }, temperatures)
 }
 
-/// Entries per block of the first pass; the largest of each block bounds the k-th largest of the row from below.
-const BLOCK: usize = 32;
+/// The larger logit first; of equal ones the smaller id.
+pub(crate) fn by_logit(row: &[f32]) -> impl Fn(&u32, &u32) -> Ordering + Copy {
+    move |a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b))
+}
 
-fn largest_ids(row: &[f32], k: usize) -> Vec<u32> {
-    let mut block_maxima: Vec<f32> = row.chunks(BLOCK).map(max).collect();
-    let bound = if block_maxima.len() > k {
-        *block_maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+/// The `k` largest entries' ids, largest first. `maxima` are those of the blocks; the row has no NaN.
+pub(crate) fn largest_ids(row: &[f32], maxima: &[f32], k: usize) -> Vec<u32> {
+    // The k-th largest of the maxima bounds the k-th largest of the row from below.
+    let mut sorted = maxima.to_vec();
+    let bound = if sorted.len() > k {
+        *sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
     } else {
         f32::NEG_INFINITY
     };
     let mut candidates: Vec<u32> = Vec::with_capacity(4 * k);
     for (block, values) in row.chunks(BLOCK).enumerate() {
-        let any = vectorised(
-            #[inline(always)]
-            || values.iter().fold(false, |any, &value| any | (value >= bound)),
-        );
-        if any {
+        if maxima[block] >= bound {
             let first = (block * BLOCK) as u32;
             candidates.extend((0..values.len() as u32).filter(|&i| values[i as usize] >= bound).map(|i| first + i));
         }
     }
-    let order = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-    if candidates.len() < k {
-        // Only NaN entries fail every comparison; keep the row's length so that the caller sees them.
-        candidates = (0..row.len() as u32).collect();
-    }
+    let order = by_logit(row);
     if candidates.len() > k {
         candidates.select_nth_unstable_by(k - 1, order);
         candidates.truncate(k);
     }
     candidates.sort_unstable_by(order);
     candidates
-}
-
-fn summarise(row: &[f32], ids: &[u32], label: u32, temperature: f32) -> RowSummary {
-    let largest = row[ids[0] as usize];
-    let last = row[ids[ids.len() - 1] as usize];
-    let inverse = 1.0 / temperature;
-    let weight = |value: f32| (((value - largest) * inverse) as f64).exp();
-    let kept: f64 = ids.iter().map(|&id| weight(row[id as usize])).sum();
-    let mut tail = sum_below(row, last, largest, inverse);
-    // Entries equal to the last kept one that were not kept themselves.
-    let equal = row.iter().filter(|&&value| value == last).count();
-    let equal_kept = ids.iter().filter(|&&id| row[id as usize] == last).count();
-    tail += equal.saturating_sub(equal_kept) as f64 * weight(last);
-    let log_sum = (kept + tail).ln();
-    let log_prob = |id: u32| (((row[id as usize] - largest) * inverse) as f64 - log_sum) as f32;
-    RowSummary {
-        log_probs: ids.iter().map(|&id| log_prob(id)).collect(),
-        log_tail: (tail.ln() - log_sum) as f32,
-        label_log_prob: log_prob(label),
-    }
-}
-
-/// Sum of `exp((value - largest) * inverse)` over the values below `bound`, in f32 lanes over short stretches and in
-/// f64 across them.
-fn sum_below(row: &[f32], bound: f32, largest: f32, inverse: f32) -> f64 {
-    row.chunks(2048)
-        .map(|stretch| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    let mut lanes = [0.0f32; 16];
-                    let chunks = stretch.chunks_exact(16);
-                    let rest = chunks.remainder();
-                    for chunk in chunks {
-                        for lane in 0..16 {
-                            let weight = exp((chunk[lane] - largest) * inverse);
-                            lanes[lane] += if chunk[lane] < bound || chunk[lane].is_nan() { weight } else { 0.0 };
-                        }
-                    }
-                    for (lane, &value) in rest.iter().enumerate() {
-                        let weight = exp((value - largest) * inverse);
-                        lanes[lane] += if value < bound || value.is_nan() { weight } else { 0.0 };
-                    }
-                    lanes.iter().map(|&lane| lane as f64).sum::<f64>()
-                },
-            )
-        })
-        .sum()
 }
 
 #[cfg(test)]

@@ -323,6 +323,8 @@ fn the_largest_logits_are_found_without_all_logits() {
             let summary = &found.summaries[0];
             assert!(summary.log_probs.iter().zip(&truth.log_probs).all(|(&found, &truth)| near(found, truth)));
             assert!(near(summary.label_log_prob, truth.label_log_prob), "row {row}");
+            let wide: Vec<f64> = logits.iter().map(|&logit| logit as f64).collect();
+            assert!(near(found.log_normalizer, oracle::log_sum_exp(&wide)), "row {row}: {}", found.log_normalizer);
             if k == vocab {
                 assert_eq!(summary.log_tail, f32::NEG_INFINITY);
             } else {

@@ -10,7 +10,7 @@ use super::raw;
 use super::settings::CacheSettings;
 use super::shard::{TensorBytes, TensorIndex, Tensors};
 use crate::error::Result;
-use crate::targets::SparseTargets;
+use crate::targets::{SparseTargets, TargetKind};
 
 /// The encodings of a shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +41,7 @@ pub(crate) struct Shape {
     pub vocab_size: usize,
     /// `None` in a cache of tokens only.
     pub temperatures: Option<Vec<f32>>,
+    pub kind: TargetKind,
 }
 
 impl Shape {
@@ -52,6 +53,7 @@ impl Shape {
             kept_ids: record.counts.kept_ids as usize,
             vocab_size: settings.tokenizer.vocab_size,
             temperatures: settings.soft_targets.as_ref().map(|soft_targets| soft_targets.temperatures.clone()),
+            kind: settings.soft_targets.as_ref().map_or_else(TargetKind::default, |soft| soft.selection.kind()),
         }
     }
 

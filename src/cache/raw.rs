@@ -1,4 +1,5 @@
-//! The codec `raw`: every number as it is, 32 bits each, offsets 64.
+//! The codec `raw`: every number as it is, 32 bits each, offsets 64. The tensor `log_normalizer` is there when the rows
+//! came with it.
 
 use std::ops::Range;
 
@@ -7,10 +8,12 @@ use safetensors::Dtype;
 use super::codec::{Block, Shape};
 use super::shard::{TensorBytes, TensorIndex, Tensors, little_endian};
 use crate::error::Result;
-use crate::targets::{Capture, SparseTargets};
+use crate::targets::{Capture, SparseTargets, TargetKind};
+
+const LOG_NORMALIZER: &str = "log_normalizer";
 
 /// Name, type and shape of each tensor, in the order of their bytes (64-bit ones first, so that all are aligned).
-fn layout(shape: &Shape) -> Vec<(String, Dtype, Vec<usize>)> {
+fn layout(shape: &Shape, log_normalizer: bool) -> Vec<(String, Dtype, Vec<usize>)> {
     let places = vec![shape.sequences, shape.seq_len + 1];
     let mut layout = vec![("tokens".into(), Dtype::U32, places.clone()), ("segments".into(), Dtype::U32, places)];
     let Some(temperatures) = &shape.temperatures else { return layout };
@@ -20,6 +23,9 @@ fn layout(shape: &Shape) -> Vec<(String, Dtype, Vec<usize>)> {
         layout.push((format!("log_probs.{i}"), Dtype::F32, vec![shape.kept_ids]));
         layout.push((format!("log_tail.{i}"), Dtype::F32, vec![shape.rows()]));
         layout.push((format!("label_log_prob.{i}"), Dtype::F32, vec![shape.rows()]));
+    }
+    if log_normalizer {
+        layout.push((LOG_NORMALIZER.into(), Dtype::F32, vec![shape.rows()]));
     }
     layout
 }
@@ -34,8 +40,10 @@ pub(crate) fn encode<'a>(block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>
         for capture in &targets.captures {
             parts.extend([f32s(&capture.log_probs), f32s(&capture.log_tail), f32s(&capture.label_log_prob)]);
         }
+        parts.extend(targets.log_normalizer.as_deref().map(f32s));
     }
-    let layout = layout(shape);
+    let log_normalizer = block.targets.as_ref().is_some_and(|targets| targets.log_normalizer.is_some());
+    let layout = layout(shape, log_normalizer);
     debug_assert_eq!(layout.len(), parts.len());
     layout
         .into_iter()
@@ -45,7 +53,7 @@ pub(crate) fn encode<'a>(block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>
 }
 
 pub(crate) fn check(index: &TensorIndex, tensors: &Tensors<'_>, shape: &Shape) -> Result<(), String> {
-    index.check(&layout(shape))?;
+    index.check(&layout(shape, index.has(LOG_NORMALIZER)))?;
     if shape.temperatures.is_none() {
         return if shape.kept_ids == 0 { Ok(()) } else { Err("tokens only, but the manifest counts kept ids".into()) };
     }
@@ -61,7 +69,7 @@ pub(crate) fn decode(tensors: &Tensors<'_>, shape: &Shape, range: Range<usize>) 
     let segments = tensors.u32s("segments", places)?;
     let targets = match &shape.temperatures {
         None => None,
-        Some(temperatures) => Some(decode_targets(tensors, temperatures, rows)?),
+        Some(temperatures) => Some(decode_targets(tensors, temperatures, shape.kind, rows)?),
     };
     let ids = targets.iter().flat_map(|targets| &targets.ids);
     if let Some(id) = tokens.iter().chain(ids).find(|id| **id as usize >= shape.vocab_size) {
@@ -70,7 +78,12 @@ pub(crate) fn decode(tensors: &Tensors<'_>, shape: &Shape, range: Range<usize>) 
     Ok(Block { tokens, segments, targets })
 }
 
-fn decode_targets(tensors: &Tensors<'_>, temperatures: &[f32], rows: Range<usize>) -> Result<SparseTargets, String> {
+fn decode_targets(
+    tensors: &Tensors<'_>,
+    temperatures: &[f32],
+    kind: TargetKind,
+    rows: Range<usize>,
+) -> Result<SparseTargets, String> {
     let mut offsets = tensors.u64s("offsets", rows.start..rows.end + 1)?;
     let first = offsets[0];
     let kept = first as usize..offsets[offsets.len() - 1] as usize;
@@ -84,5 +97,6 @@ fn decode_targets(tensors: &Tensors<'_>, temperatures: &[f32], rows: Range<usize
         })
     });
     let captures = captures.collect::<Result<Vec<_>, String>>()?;
-    Ok(SparseTargets { offsets, ids: tensors.u32s("ids", kept)?, captures })
+    let log_normalizer = if tensors.has(LOG_NORMALIZER) { Some(tensors.f32s(LOG_NORMALIZER, rows)?) } else { None };
+    Ok(SparseTargets { offsets, ids: tensors.u32s("ids", kept)?, captures, kind, log_normalizer })
 }

@@ -2,7 +2,7 @@
 
 use super::manifest::Counts;
 use super::settings::{CacheSettings, Selection};
-use crate::targets::{PADDING, PackedSequence, SparseTargets};
+use crate::targets::{PADDING, PackedSequence, SparseTargets, TargetKind};
 
 /// How far above 0 rounding may lift the logarithm of a probability.
 const ROUNDING: f32 = 1e-3;
@@ -50,9 +50,9 @@ pub(crate) fn check(
         (Some(_), None) => return wrong("it has soft targets, but the cache is of tokens only".into()),
         (None, Some(_)) => return wrong("it has no soft targets, but the cache is of soft targets".into()),
         (Some(targets), Some(soft_targets)) => {
-            let Selection::TopK { k } = soft_targets.selection;
             check_lengths(targets, seq_len, &soft_targets.temperatures)?;
-            check_rows(targets, sequence, k, vocab_size)?;
+            check_kind(targets, &soft_targets.selection)?;
+            check_rows(targets, sequence, &soft_targets.selection, vocab_size)?;
         }
     }
     Ok(counts)
@@ -81,11 +81,31 @@ fn check_lengths(targets: &SparseTargets, seq_len: usize, temperatures: &[f32]) 
             }
         }
     }
+    if let Some(normalizers) = &targets.log_normalizer
+        && normalizers.len() != seq_len
+    {
+        return wrong(format!("its log_normalizer has {} numbers, not {seq_len}", normalizers.len()));
+    }
     Ok(())
 }
 
-fn check_rows(targets: &SparseTargets, sequence: &PackedSequence, k: usize, vocab_size: usize) -> Result<(), Problem> {
-    let mut sorted = Vec::with_capacity(k);
+fn check_kind(targets: &SparseTargets, selection: &Selection) -> Result<(), Problem> {
+    let name = selection.name();
+    match (targets.kind, selection.kind()) {
+        (TargetKind::Exact, TargetKind::Sampled) => wrong(format!("its targets are exact, those of {name} are drawn")),
+        (TargetKind::Sampled, TargetKind::Exact) => wrong(format!("its targets are drawn, those of {name} are exact")),
+        _ => Ok(()),
+    }
+}
+
+fn check_rows(
+    targets: &SparseTargets,
+    sequence: &PackedSequence,
+    selection: &Selection,
+    vocab_size: usize,
+) -> Result<(), Problem> {
+    let (most, drawn) = (selection.most_ids(), selection.kind() == TargetKind::Sampled);
+    let mut sorted = vec![];
     for row in 0..sequence.seq_len() {
         let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
         let ids = &targets.ids[kept.clone()];
@@ -95,8 +115,13 @@ fn check_rows(targets: &SparseTargets, sequence: &PackedSequence, k: usize, voca
             }
             continue;
         }
-        if ids.len() > k {
-            return wrong(format!("row {row} keeps {} ids, more than top_k = {k}", ids.len()));
+        if ids.len() > most {
+            return wrong(format!("row {row} keeps {} ids, more than {most} under {selection}", ids.len()));
+        }
+        if let Some(normalizer) = targets.log_normalizer.as_ref().map(|normalizers| normalizers[row])
+            && !normalizer.is_finite()
+        {
+            return Err(Problem::NotFinite(format!("log_normalizer of row {row} ({normalizer})")));
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
             return wrong(format!("row {row} keeps the id {id}, outside the vocabulary of {vocab_size}"));
@@ -113,11 +138,20 @@ fn check_rows(targets: &SparseTargets, sequence: &PackedSequence, k: usize, voca
                 let (log_prob, id) = (log_probs[place], ids[place]);
                 return Err(Problem::NotFinite(format!("log_probs.{i} of row {row}, id {id} ({log_prob})")));
             }
-            if !log_probs.is_sorted_by(|left, right| left >= right) {
+            // Weights of drawn ids follow the first temperature, at which they were drawn; at others they are in no order
+            // and have no bound.
+            let free = drawn && i > 0;
+            if !free && !log_probs.is_sorted_by(|left, right| left >= right) {
                 return wrong(format!("log_probs.{i} of row {row} do not descend"));
             }
+            if drawn && capture.log_tail[row] != f32::NEG_INFINITY {
+                return wrong(format!(
+                    "log_tail.{i} of row {row} is {}, but drawn ids leave no tail",
+                    capture.log_tail[row]
+                ));
+            }
             for (name, log_prob) in [
-                ("log_probs", log_probs.first().copied().unwrap_or(0.0)),
+                ("log_probs", log_probs.first().copied().filter(|_| !free).unwrap_or(0.0)),
                 ("log_tail", capture.log_tail[row]),
                 ("label_log_prob", capture.label_log_prob[row]),
             ] {

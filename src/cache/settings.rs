@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::Codec;
 use crate::error::{Error, Result};
+pub use crate::selection::Selection;
 
 /// The settings of one cache. Two caches with equal settings and equal data hold the same sequences.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -53,22 +54,6 @@ pub struct TeacherIdentity {
     pub dtype: String,
 }
 
-/// Which vocabulary ids of a row are kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Selection {
-    /// The `k` most probable.
-    TopK { k: usize },
-}
-
-impl std::fmt::Display for Selection {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Selection::TopK { k } => write!(formatter, "top_k = {k}"),
-        }
-    }
-}
-
 impl CacheSettings {
     /// Refuses settings that no cache can have.
     ///
@@ -91,15 +76,10 @@ impl CacheSettings {
             return Err(Error::usage("the cache setting `split` is empty", "name it `train` or `held_out`"));
         }
         let Some(soft_targets) = &self.soft_targets else { return Ok(()) };
-        let Selection::TopK { k } = soft_targets.selection;
-        if k == 0 || k > vocab_size {
-            let problem = if k == 0 {
-                "top_k is 0, which keeps nothing".to_string()
-            } else {
-                format!("top_k is {k}, but the vocabulary has only {vocab_size} tokens")
-            };
-            return Err(Error::usage(problem, format!("set [cache] top_k to a number from 1 to {vocab_size}")));
-        }
+        soft_targets.selection.check(vocab_size).map_err(|unusable| {
+            let (name, parameter) = (soft_targets.selection.name(), unusable.parameter);
+            Error::usage(format!("the selection {name} has a {parameter} that {}", unusable.problem), unusable.tip)
+        })?;
         let temperatures = &soft_targets.temperatures;
         if temperatures.is_empty() {
             return Err(Error::usage("no temperature to capture soft targets at", "set [cache] temperatures = [1.0]"));
@@ -194,11 +174,11 @@ mod tests {
         };
         assert_eq!(
             message(|settings| soft(settings, 101, vec![1.0])),
-            "top_k is 101, but the vocabulary has only 100 tokens; set [cache] top_k to a number from 1 to 100"
+            "the selection top_k has a k that is 101, but the teacher's vocabulary has 100 tokens; use at most 100"
         );
         assert_eq!(
             message(|settings| soft(settings, 0, vec![1.0])),
-            "top_k is 0, which keeps nothing; set [cache] top_k to a number from 1 to 100"
+            "the selection top_k has a k that is 0; keep at least 1 id per prediction"
         );
         assert_eq!(
             message(|settings| soft(settings, 1, vec![])),

@@ -194,6 +194,10 @@ impl TensorIndex {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.data_offsets.1 - entry.data_offsets.0))
     }
 
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     /// Whether the shard has exactly the tensors of `layout`.
     pub(crate) fn check(&self, layout: &[(String, Dtype, Vec<usize>)]) -> Result<(), String> {
         for (name, dtype, shape) in layout {
@@ -224,6 +228,10 @@ pub(crate) struct Tensors<'a> {
 }
 
 impl Tensors<'_> {
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.index.has(name)
+    }
+
     /// Elements `range` of a tensor of `N`-byte elements.
     fn elements<const N: usize>(&self, name: &str, range: Range<usize>) -> Result<&[[u8; N]], String> {
         let entry = self.index.tensors.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;

@@ -9,7 +9,7 @@
 //! one minus the rest. `r_t` are the batch's row weights, 1 unless given. [`DistillLoss::forward`] never has the logits
 //! of a batch in memory.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use burn::tensor::Tensor;
 use limbeck_kernels::fused_linear_distill::{
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    targets::DistillBatch,
+    targets::{DistillBatch, TargetKind},
 };
 
 /// What becomes of the probability outside the kept ids.
@@ -48,7 +48,7 @@ pub struct DistillLossConfig {
     pub weighting: Weighting,
     /// Steps over which the weighting runs.
     pub total_steps: u64,
-    /// The kept ids were drawn from the teacher, and their log-probabilities are logs of the draws' shares.
+    /// The kept ids were drawn from the teacher: weights stand beside them instead of probabilities, and there is no tail.
     pub sampled_targets: bool,
 }
 
@@ -83,7 +83,8 @@ impl DistillLossConfig {
         self
     }
 
-    /// Targets that were drawn from the teacher rather than its likeliest ids.
+    /// Targets that were drawn from the teacher rather than its likeliest ids ([`TargetKind::Sampled`]). With weights w the
+    /// gradient in a row's logits is `sum(w) q - w`, whose expectation over the draws is `q - p`.
     pub fn with_sampled_targets(mut self) -> Self {
         self.sampled_targets = true;
         self
@@ -141,7 +142,8 @@ pub struct LossOutput {
     pub hard: TargetSums,
     /// Sums of the rows' weights.
     pub weights: Weights,
-    /// Rows in which student and teacher hold the same id likeliest; `None` without soft targets.
+    /// Rows in which student and teacher hold the same id likeliest; `None` without soft targets, and with drawn ones,
+    /// which do not say which id that is.
     pub agreed: Option<u64>,
 }
 
@@ -260,6 +262,11 @@ impl DistillLoss {
         let config = &self.config;
         let valid = valid_rows(batch);
         let temperature = config.weighting.needs_soft_targets().then_some(config.temperature);
+        let sampled = batch.targets.as_ref().is_some_and(|targets| targets.kind == TargetKind::Sampled);
+        if temperature.is_some() && sampled && !config.sampled_targets {
+            let problem = "the targets were drawn from the teacher, and the loss expects its likeliest ids";
+            return Err(Error::usage(problem, "make the loss with `with_sampled_targets`"));
+        }
         let targets = Arc::new(row_targets(batch, &valid, temperature)?);
         targets.check(vocab).map_err(|problem| {
             Error::usage(problem, "give teacher, student and text the same tokenizer, and precompute the cache again")
@@ -270,7 +277,9 @@ impl DistillLoss {
             settings.divergence = Divergence::Taid { teacher };
         }
         let output = run(targets.clone(), settings, self.weigh(step, batch, &targets)?);
-        Ok(gather(output, &targets, temperature.is_some()))
+        let mut output = gather(output, &targets, temperature.is_some());
+        output.agreed = output.agreed.filter(|_| !sampled);
+        Ok(output)
     }
 
     /// The weights of each row.
@@ -356,7 +365,9 @@ pub fn divergence(
     logits: Tensor<2>,
     batch: &DistillBatch,
 ) -> Result<Tensor<1>> {
-    DistillLossConfig::new(divergence).with_temperature(temperature, false).check()?;
+    let mut config = DistillLossConfig::new(divergence).with_temperature(temperature, false);
+    config.sampled_targets = batch.targets.as_ref().is_some_and(|targets| targets.kind == TargetKind::Sampled);
+    config.check()?;
     let mut targets = row_targets(batch, &valid_rows(batch), Some(temperature))?;
     let [rows, vocab] = logits.dims();
     targets.labels.fill(NO_LABEL);
@@ -420,12 +431,36 @@ fn row_targets(batch: &DistillBatch, valid: &[bool], temperature: Option<f32>) -
                 "precompute the cache again, or set the soft weight to 0",
             ));
         }
+        let sampled = targets.kind == TargetKind::Sampled;
         if valid {
-            rows.ids.extend_from_slice(&targets.ids[kept.clone()]);
-            rows.log_probs.extend_from_slice(&capture.log_probs[kept]);
+            let (ids, log_probs) = (&targets.ids[kept.clone()], &capture.log_probs[kept]);
+            rows.ids.extend_from_slice(ids);
+            rows.log_probs.extend_from_slice(log_probs);
+            if sampled {
+                merge_draws(*rows.offsets.last().expect("starts with 0"), &mut rows.ids, &mut rows.log_probs);
+            }
         }
         rows.offsets.push(rows.ids.len());
-        rows.log_tail.push(if valid { capture.log_tail[row] } else { f32::NEG_INFINITY });
+        rows.log_tail.push(if valid && !sampled { capture.log_tail[row] } else { f32::NEG_INFINITY });
     }
     Ok(rows)
+}
+
+/// Makes one outcome, with the sum of the weights, of each id that was drawn several times in the row from place `first`.
+fn merge_draws(first: usize, ids: &mut Vec<u32>, log_weights: &mut Vec<f32>) {
+    let mut seen = HashMap::with_capacity(ids.len() - first);
+    let mut end = first;
+    for place in first..ids.len() {
+        let (id, log_weight) = (ids[place], log_weights[place]);
+        let at = *seen.entry(id).or_insert(end);
+        if at == end {
+            (ids[end], log_weights[end]) = (id, log_weight);
+            end += 1;
+        } else {
+            let (a, b) = (log_weights[at].max(log_weight) as f64, log_weights[at].min(log_weight) as f64);
+            log_weights[at] = (a + (b - a).exp().ln_1p()) as f32;
+        }
+    }
+    ids.truncate(end);
+    log_weights.truncate(end);
 }

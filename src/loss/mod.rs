@@ -6,7 +6,7 @@
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
 //! use limbeck::loss::{DistillLossConfig, Divergence, Weighting};
-//! use limbeck::targets::{Capture, DistillBatch, PackedSequence, SparseTargets};
+//! use limbeck::targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetKind};
 //!
 //! # fn main() -> limbeck::Result<()> {
 //! // Two predictions of one document; the teacher's two likeliest ids of each, and the mass of all others.
@@ -21,6 +21,8 @@
 //!             log_tail: [0.1f32, 0.3].map(f32::ln).to_vec(),
 //!             label_log_prob: [0.6f32, 0.5].map(f32::ln).to_vec(),
 //!         }],
+//!         kind: TargetKind::Exact,
+//!         log_normalizer: None,
 //!     }),
 //!     row_weights: None,
 //! };

@@ -3,8 +3,8 @@
 
 use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode};
 use crate::data::{DataSource, HeldOut};
-use crate::error::Result;
-use crate::loss::{Divergence, Weighting};
+use crate::error::{Error, Result};
+use crate::loss::{DistillLossConfig, Divergence, Weighting};
 
 /// Refuses a recipe that cannot be run whatever the models are.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
@@ -13,17 +13,23 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     check_teacher_and_cache(recipe)?;
     check_student(recipe)?;
     check_loss(recipe)?;
+    check_sampled(recipe)?;
     check_train(recipe)
 }
 
 impl Recipe {
-    /// Refuses a `cache.top_k` that keeps more ids than the vocabulary has.
-    pub fn check_top_k(&self, vocab_size: usize) -> Result<()> {
-        if self.teacher.is_none() || self.cache.top_k <= vocab_size {
+    /// Refuses a selection that keeps nothing, or more ids than the vocabulary has.
+    pub fn check_selection(&self, vocab_size: usize) -> Result<()> {
+        if self.teacher.is_none() && vocab_size < usize::MAX {
             return Ok(());
         }
-        let problem = format!("is {}, but the teacher's vocabulary has {vocab_size} tokens", self.cache.top_k);
-        Err(self.error("cache.top_k", problem, format!("use at most {vocab_size}")))
+        self.cache.selection().check(vocab_size).map_err(|unusable| {
+            let key = match self.cache.top_k {
+                Some(_) => "cache.top_k".to_string(),
+                None => format!("cache.selection.{}", unusable.parameter),
+            };
+            self.error(&key, unusable.problem, unusable.tip)
+        })
     }
 
     /// Refuses sequences longer than a model is made for. `model` says whose maximum it is, as in "the teacher".
@@ -126,9 +132,10 @@ fn check_sources(recipe: &Recipe, key: &str, sources: &[DataSource]) -> Result<(
 fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
     let cache = &recipe.cache;
     recipe.positive("cache.sequences_per_shard", cache.sequences_per_shard as u64)?;
-    if cache.top_k == 0 {
-        return Err(recipe.error("cache.top_k", "is 0", "keep at least 1 id per prediction"));
+    if cache.top_k.is_some() && cache.selection.is_some() {
+        return Err(recipe.error("cache.top_k", "is given beside `cache.selection`", "give only one of the two"));
     }
+    recipe.check_selection(usize::MAX)?;
     if cache.temperatures.is_empty() {
         return Err(recipe.error("cache.temperatures", "is empty", "use [1.0]"));
     }
@@ -283,6 +290,28 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
         return Err(recipe.error("loss.weighting", problem, "add [teacher], or remove the key"));
     }
     Ok(())
+}
+
+/// Refuses a loss that is not linear in a teacher whose ids are drawn.
+fn check_sampled(recipe: &Recipe) -> Result<()> {
+    if !recipe.has_sampled_targets() {
+        return Ok(());
+    }
+    let selection = recipe.cache.selection();
+    let refusal = |loss: DistillLossConfig| match loss.with_sampled_targets().check() {
+        Err(Error::Usage { problem, tip }) => {
+            Some((format!("does not go with `cache.selection` = `{}`: {problem}", selection.name()), tip))
+        }
+        _ => None,
+    };
+    if let Some((problem, tip)) = refusal(DistillLossConfig::new(recipe.loss.divergence)) {
+        return Err(recipe.error("loss.divergence", problem, tip));
+    }
+    let weighted = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(recipe.weighting(), 1);
+    match refusal(weighted).filter(|_| matches!(recipe.weighting(), Weighting::TeacherEntropy { .. })) {
+        Some((problem, tip)) => Err(recipe.error("loss.weighting", problem, tip)),
+        None => Ok(()),
+    }
 }
 
 fn check_train(recipe: &Recipe) -> Result<()> {

@@ -27,13 +27,14 @@ pub(super) fn sections() -> Vec<Section> {
         section::<DataSource>("data.held_out[]"),
         section::<TeacherSection>("teacher"),
         section::<CacheSection>("cache"),
+        // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
+        Section { path: "cache.selection", keys: &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"] },
         section::<StudentSection>("student"),
         section::<Shape>("student.shape"),
         section::<ControlSection>("control"),
         section::<LearningRateSection>("control.lr"),
         section::<LossSection>("loss"),
         Section { path: "loss.divergence", keys: &["kind", "beta", "alpha", "head", "teacher"] },
-        // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
         Section {
             path: "loss.weighting",
             keys: &["kind", "soft", "from", "to", "decay", "ratio", "momentum", "rate", "power", "scale", "floor"],

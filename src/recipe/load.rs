@@ -68,6 +68,7 @@ impl Recipe {
                 return Err(not_a_value(word));
             };
             let parts: Vec<&str> = key.split('.').collect();
+            make_room(table.get_mut(), &parts);
             set(table.get_mut(), &parts, value, range).map_err(|part| {
                 let problem = format!("--set {word}: `{part}` is not a section");
                 written.error(problem, "use `section.key=value`".into())
@@ -82,6 +83,10 @@ impl Recipe {
         recipe.origin = Origin { path: written.path, places };
         recipe.make_paths_absolute()?;
         check(&recipe)?;
+        if recipe.cache.top_k.is_none() {
+            // So that a frozen recipe means the same when the default is another one day.
+            recipe.cache.selection = Some(recipe.cache.selection());
+        }
         Ok(recipe)
     }
 
@@ -331,6 +336,18 @@ fn not_a_value(word: &str) -> Error {
 /// A document of one key, whose value starts at byte `start` at the earliest.
 fn pad(start: usize, value: Cow<'_, str>) -> String {
     format!("{:start$}v = {value}", "")
+}
+
+/// Removes what an override replaces under another name: a recipe has one of the two.
+fn make_room(table: &mut DeTable, parts: &[&str]) {
+    let other = match parts {
+        ["cache", "top_k", ..] => "selection",
+        ["cache", "selection", ..] => "top_k",
+        _ => return,
+    };
+    if let Some(DeValue::Table(cache)) = table.get_mut("cache").map(Spanned::get_mut) {
+        cache.remove(other);
+    }
 }
 
 /// Puts a value at a path, making sections on the way. The error is the part that is no section.

@@ -11,6 +11,7 @@ mod keys;
 mod load;
 mod plan;
 mod schema;
+mod selection_key;
 mod student;
 
 pub use keys::all_keys;

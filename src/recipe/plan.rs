@@ -136,18 +136,22 @@ impl MemoryEstimate {
     }
 }
 
-/// Bytes of a cache with the raw codec: `sequence_count` sequences of `seq_len` predictions, each with `top_k` kept ids
-/// captured at `temperature_count` temperatures. Without a teacher there are no captures and only tokens are stored.
+/// Bytes of a cache with the raw codec: `sequence_count` sequences of `seq_len` predictions, each with `kept_ids` on
+/// average, captured at `temperature_count` temperatures. Without a teacher there are no captures and only tokens are
+/// stored.
 ///
-/// Per sequence `seq_len + 1` tokens and segments (4 bytes each); per prediction an offset (8), ids (4 each) and, for
-/// each temperature, log-probabilities (4 each), tail (4) and label (4). File headers are not counted.
-pub fn raw_cache_bytes(sequence_count: u64, seq_len: u64, top_k: u64, temperature_count: u64) -> u64 {
+/// Per sequence `seq_len + 1` tokens and segments (4 bytes each); per prediction an offset (8), the normaliser (4), ids
+/// (4 each) and, for each temperature, log-probabilities (4 each), tail (4) and label (4). File headers are not counted.
+pub fn raw_cache_bytes(sequence_count: u64, seq_len: u64, kept_ids: f64, temperature_count: u64) -> u64 {
     let tokens = 8u64.saturating_mul(seq_len + 1);
-    let row = match temperature_count {
+    let rows = match temperature_count {
         0 => 0,
-        count => 8 + 4 * top_k + count * (4 * top_k + 8),
+        count => {
+            let kept = (seq_len as f64 * kept_ids).round() as u64;
+            seq_len.saturating_mul(12 + 8 * count).saturating_add(kept.saturating_mul(4 * (1 + count)))
+        }
     };
-    sequence_count.saturating_mul(tokens.saturating_add(seq_len.saturating_mul(row)))
+    sequence_count.saturating_mul(tokens.saturating_add(rows))
 }
 
 impl Plan {
@@ -229,7 +233,8 @@ impl Plan {
         self.trained_tokens = self.steps.saturating_mul(self.sequences_per_step).saturating_mul(seq_len);
         self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
         let temperature_count = if recipe.teacher.is_some() { recipe.cache.temperatures.len() as u64 } else { 0 };
-        self.cache_bytes = raw_cache_bytes(sequences, seq_len, recipe.cache.top_k as u64, temperature_count);
+        let kept_ids = recipe.cache.selection().usual_ids();
+        self.cache_bytes = raw_cache_bytes(sequences, seq_len, kept_ids, temperature_count);
         Ok(())
     }
 }
@@ -246,6 +251,10 @@ fn warnings(recipe: &Recipe) -> Vec<String> {
         let unused: Vec<String> = unused.map(|temperature| format!("{temperature:?}")).collect();
         if !unused.is_empty() {
             warn(format!("cache.temperatures captures {}, which loss.temperature does not use", unused.join(", ")));
+        }
+        if recipe.has_sampled_targets() && recipe.cache.temperatures[0] != recipe.loss.temperature {
+            // Unbiased all the same, but a weight of p_tau / p_1 has no bound.
+            warn("cache.selection draws at the first of cache.temperatures; put loss.temperature there".into());
         }
         if !recipe.weighting().needs_soft_targets() {
             warn("the soft target has no weight throughout, so the teacher is of no use".into());
@@ -312,8 +321,11 @@ impl fmt::Display for Plan {
                 if let Some(size) = &self.teacher {
                     line("", size.to_string())?;
                 }
-                let (top_k, temperatures) = (recipe.cache.top_k, &recipe.cache.temperatures);
-                line("soft target", format!("top {top_k} and the tail, at temperature {temperatures:?}"))?;
+                let (selection, temperatures) = (recipe.cache.selection(), &recipe.cache.temperatures);
+                line("soft target", format!("{}, at temperature {temperatures:?}", selection.summary()))?;
+                let bytes = self.cache_bytes as f64 / (self.sequences.get() * seq_len as u64).max(1) as f64;
+                let usual = selection.usual_ids();
+                line("", format!("about {usual:.0} ids and {bytes:.0} bytes for each token"))?;
             }
         }
         line("cache", format!("{}, {about}{}", self.cache_dir.display(), short_bytes(self.cache_bytes)))?;
@@ -415,16 +427,17 @@ mod tests {
         assert_eq!(plan.cache_dir, plan.run_dir.join("cache"));
         plan.set_sequence_count(800).unwrap();
         assert_eq!((plan.steps, plan.epochs), (200, 2.0));
-        assert_eq!(plan.cache_bytes, raw_cache_bytes(800, 128, 32, 1));
+        assert_eq!(plan.cache_bytes, raw_cache_bytes(800, 128, 32.0, 1));
     }
 
     #[test]
     fn the_raw_cache_costs_what_its_arrays_do() {
-        // One sequence of 2 predictions, 3 kept ids: 3 tokens and segments, 2 offsets, 6 ids, then per temperature
-        // 6 log-probabilities, 2 tails, 2 labels.
-        assert_eq!(raw_cache_bytes(1, 2, 3, 1), 3 * 8 + 2 * 8 + 6 * 4 + (6 + 2 + 2) * 4);
-        assert_eq!(raw_cache_bytes(5, 2, 3, 2), 5 * (3 * 8 + 2 * 8 + 6 * 4 + 2 * (6 + 2 + 2) * 4));
-        assert_eq!(raw_cache_bytes(7, 2, 3, 0), 7 * 3 * 8);
+        // One sequence of 2 predictions, 3 kept ids: 3 tokens and segments, 2 offsets and normalisers, 6 ids, then per
+        // temperature 6 log-probabilities, 2 tails, 2 labels.
+        assert_eq!(raw_cache_bytes(1, 2, 3.0, 1), 3 * 8 + 2 * 12 + 6 * 4 + (6 + 2 + 2) * 4);
+        assert_eq!(raw_cache_bytes(5, 2, 3.0, 2), 5 * (3 * 8 + 2 * 12 + 6 * 4 + 2 * (6 + 2 + 2) * 4));
+        assert_eq!(raw_cache_bytes(1, 2, 2.5, 1), 3 * 8 + 2 * 12 + 5 * 4 + (5 + 2 + 2) * 4);
+        assert_eq!(raw_cache_bytes(7, 2, 3.0, 0), 7 * 3 * 8);
     }
 
     #[test]

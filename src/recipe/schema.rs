@@ -13,6 +13,8 @@ use crate::cache::Codec;
 use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
 use crate::loss::{Divergence, Tail, Weighting};
 use crate::schedule::{LearningRate, Schedule};
+use crate::selection::Selection;
+use crate::targets::TargetKind;
 
 /// A whole recipe, with its defaults filled in and its paths absolute.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -106,8 +108,11 @@ pub enum Dtype {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CacheSection {
-    /// Most probable ids kept per prediction. Default 64.
-    pub top_k: usize,
+    /// Which ids are kept per prediction: a name, or a table of `kind` and parameters. Default `min_prob`.
+    #[serde(with = "super::selection_key", skip_serializing_if = "Option::is_none")]
+    pub selection: Option<Selection>,
+    /// In place of `selection`: as many of the most probable ids.
+    pub top_k: Option<usize>,
     /// Temperatures at which probabilities and tail are captured. Default `[1.0]`.
     pub temperatures: Vec<f64>,
     /// How the targets are stored. Default `raw`.
@@ -120,7 +125,25 @@ pub struct CacheSection {
 
 impl Default for CacheSection {
     fn default() -> Self {
-        CacheSection { top_k: 64, temperatures: vec![1.0], codec: Codec::Raw, sequences_per_shard: 512, dir: None }
+        CacheSection {
+            selection: None,
+            top_k: None,
+            temperatures: vec![1.0],
+            codec: Codec::Raw,
+            sequences_per_shard: 512,
+            dir: None,
+        }
+    }
+}
+
+impl CacheSection {
+    /// What is kept of each prediction.
+    pub fn selection(&self) -> Selection {
+        match (&self.selection, self.top_k) {
+            (Some(selection), _) => selection.clone(),
+            (None, Some(k)) => Selection::TopK { k },
+            (None, None) => Selection::default(),
+        }
     }
 }
 
@@ -338,6 +361,11 @@ impl Recipe {
             (Some(_), None) => Weighting::Linear { from: 0.9, to: 0.5 },
             (Some(_), Some(weighting)) => weighting.clone(),
         }
+    }
+
+    /// Whether the student learns from ids that were drawn from the teacher.
+    pub fn has_sampled_targets(&self) -> bool {
+        self.teacher.is_some() && self.cache.selection().kind() == TargetKind::Sampled
     }
 
     /// The learning rate of the control: its own, else the student's.

@@ -46,7 +46,7 @@ pub fn sample(settings: &CacheSettings, number: u64) -> (PackedSequence, Option<
     let tokens = (0..places).map(|_| random.random_range(0..vocab_size)).collect();
     let sequence = PackedSequence { tokens, segments };
     let Some(soft_targets) = &settings.soft_targets else { return (sequence, None, number) };
-    let Selection::TopK { k } = soft_targets.selection;
+    let k = soft_targets.selection.most_ids();
     let mut targets = SparseTargets::empty(&soft_targets.temperatures);
     for row in 0..settings.seq_len {
         let valid = sequence.is_valid(row);
@@ -65,6 +65,11 @@ pub fn sample(settings: &CacheSettings, number: u64) -> (PackedSequence, Option<
         }
     }
     (sequence, Some(targets), number)
+}
+
+/// Exact targets of one capture.
+pub fn exact(offsets: Vec<u64>, ids: Vec<u32>, capture: Capture) -> SparseTargets {
+    SparseTargets { offsets, ids, captures: vec![capture], kind: TargetKind::Exact, log_normalizer: None }
 }
 
 /// Pushes the samples that are still missing, up to `count`, and finishes.
@@ -112,7 +117,8 @@ pub fn reseal(manifest: &str) -> String {
 /// Asserts that two sets of rows are equal in every bit (-0.0 is not 0.0).
 pub fn assert_same_bits(left: &SparseTargets, right: &SparseTargets) {
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
-    assert_eq!((&left.offsets, &left.ids), (&right.offsets, &right.ids));
+    assert_eq!((&left.offsets, &left.ids, left.kind), (&right.offsets, &right.ids, right.kind));
+    assert_eq!(left.log_normalizer.as_deref().map(bits), right.log_normalizer.as_deref().map(bits));
     assert_eq!(left.captures.len(), right.captures.len());
     for (left, right) in left.captures.iter().zip(&right.captures) {
         assert_eq!(left.temperature.to_bits(), right.temperature.to_bits());

@@ -10,7 +10,7 @@ use limbeck::{
         TokenizerIdentity,
     },
     loss::{DistillLoss, DistillLossConfig, LossOutput, Weighting},
-    targets::{DistillBatch, SparseTargets, TargetSource},
+    targets::{DistillBatch, SparseTargets, TargetKind, TargetSource},
 };
 use limbeck_kernels::top_k::top_k;
 
@@ -159,6 +159,7 @@ fn asked(job: &Job, logits: &[f32], keep: &[usize], temperatures: &[f32]) -> Spa
 /// Equal draws are one id with their share of all draws.
 fn sampled(job: &Job, draws: &[Vec<u32>]) -> SparseTargets {
     let mut targets = SparseTargets::empty(&[job.settings.temperature]);
+    targets.kind = TargetKind::Sampled;
     for draws in draws {
         let mut sorted = draws.clone();
         sorted.sort_unstable();

@@ -1,7 +1,7 @@
 //! The plain pipeline's cache: what it keeps of each row of a teacher.
 
 use half::{bf16, f16};
-use limbeck::targets::SparseTargets;
+use limbeck::targets::{SparseTargets, TargetKind};
 
 use crate::{
     mistakes::Mistake,
@@ -146,6 +146,7 @@ fn log_softmax(plain: &Plain, z: &[f64], temperature: f64) -> Vec<f64> {
 /// Ids drawn from the teacher: equal draws are one outcome with their share of all draws. There is no tail.
 fn sampled(plain: &Plain, job: &Job, draws: &[Vec<u32>]) -> SparseTargets {
     let mut targets = SparseTargets::empty(&[job.settings.temperature]);
+    targets.kind = TargetKind::Sampled;
     for draws in draws {
         if plain.makes(Mistake::DuplicatesCountedTwice) {
             let share = -(draws.len() as f32).ln();

@@ -9,11 +9,11 @@ use super::{
     cube_top_k,
     device::DeviceShard,
     device_tensors::{Room, buffer, download, multiply, per_row, rows, transposed, upload},
-    rows::RowStatistics,
+    rows::{Mass, RowStatistics},
 };
 use crate::{
     divergence::Divergence,
-    top_k::{RowSummary, TopKRow},
+    selection::{RowSummary, SelectedRow},
 };
 
 /// Entries that a row can keep: what fits a device's shared memory twice.
@@ -29,7 +29,7 @@ pub const MOST_KEPT: usize = 1024;
 ///
 /// # Panics
 /// When shapes or types do not fit, a label lies beyond the vocabulary, or `k` is above [`MOST_KEPT`].
-pub fn top_k(hidden: CubeTensor, lm_head: CubeTensor, labels: &[u32], k: usize, temperature: f32) -> Vec<TopKRow> {
+pub fn top_k(hidden: CubeTensor, lm_head: CubeTensor, labels: &[u32], k: usize, temperature: f32) -> Vec<SelectedRow> {
     let targets = RowTargets::labels(labels.to_vec());
     let settings = LossSettings { temperature, ..LossSettings::new(Divergence::ForwardKl) };
     let shard = DeviceShard::new(hidden, lm_head, 0, &targets, &settings, None);
@@ -40,7 +40,7 @@ pub fn top_k(hidden: CubeTensor, lm_head: CubeTensor, labels: &[u32], k: usize, 
 }
 
 impl DeviceShard<'_> {
-    fn top_k(&self, k: usize) -> Vec<TopKRow> {
+    fn top_k(&self, k: usize) -> Vec<SelectedRow> {
         let count = self.live.len();
         if count == 0 {
             return vec![];
@@ -96,24 +96,36 @@ impl DeviceShard<'_> {
         (0..count)
             .map(|row| {
                 let rest = self.row_statistics(&statistics[row * STATISTICS..][..STATISTICS], u32::MAX);
-                let summary = self.summarise(&values[row * k..][..k], &rest, label_logits[row]);
-                TopKRow { ids: ids[row * k..][..k].to_vec(), summaries: vec![summary] }
+                let (kept, label) = (&values[row * k..][..k], label_logits[row]);
+                SelectedRow {
+                    ids: ids[row * k..][..k].to_vec(),
+                    summaries: vec![self.summarise(kept, &rest, label)],
+                    log_normalizer: log_all(kept, &rest.rest_unscaled, 1.0) as f32,
+                }
             })
             .collect()
     }
 
-    /// `kept` holds fewer logits than asked for where a row has no more that are finite: then nothing of it is known.
     fn summarise(&self, kept: &[f32], rest: &RowStatistics, label: f32) -> RowSummary {
         let temperature = self.settings.temperature as f64;
-        let scaled = |logit: f32| if logit == NOTHING { f64::NAN } else { logit as f64 / temperature };
-        let log_rest = rest.rest.log(temperature);
-        let largest = scaled(kept[0]).max(log_rest);
-        let sum = kept.iter().map(|&logit| (scaled(logit) - largest).exp()).sum::<f64>() + (log_rest - largest).exp();
-        let all = largest + sum.ln();
+        let all = log_all(kept, &rest.rest, temperature);
         RowSummary {
-            log_probs: kept.iter().map(|&logit| (scaled(logit) - all) as f32).collect(),
-            log_tail: (log_rest - all) as f32,
-            label_log_prob: (scaled(label) - all) as f32,
+            log_probs: kept.iter().map(|&logit| (scaled(logit, temperature) - all) as f32).collect(),
+            log_tail: (rest.rest.log(temperature) - all) as f32,
+            label_log_prob: (scaled(label, temperature) - all) as f32,
         }
     }
+}
+
+/// Log of what the kept logits and all others come to. `kept` holds fewer logits than asked for where a row has no more
+/// that are finite: then nothing of it is known.
+fn log_all(kept: &[f32], rest: &Mass, temperature: f64) -> f64 {
+    let log_rest = rest.log(temperature);
+    let largest = scaled(kept[0], temperature).max(log_rest);
+    let sum = kept.iter().map(|&logit| (scaled(logit, temperature) - largest).exp()).sum::<f64>();
+    largest + (sum + (log_rest - largest).exp()).ln()
+}
+
+fn scaled(logit: f32, temperature: f64) -> f64 {
+    if logit == NOTHING { f64::NAN } else { logit as f64 / temperature }
 }

@@ -1,0 +1,205 @@
+//! What the entries of one row of logits add up to at one temperature, block by block.
+//!
+//! One pass of exponentials over the row answers everything a selection asks afterwards: the whole sum, the sum without
+//! some ids (their blocks are added up again, nothing is subtracted), and where in the running sum a draw falls.
+
+use crate::vector_math::{exp, vectorised};
+
+/// Entries per block.
+pub(crate) const BLOCK: usize = 64;
+const LANES: usize = 16;
+
+/// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is
+/// left.
+const FAINT: f64 = 1e-26;
+
+/// The largest entry of each block; NaN is passed over.
+pub(crate) fn block_maxima(row: &[f32]) -> Vec<f32> {
+    let mut maxima = vec![f32::NEG_INFINITY; row.len().div_ceil(BLOCK)];
+    vectorised(
+        #[inline(always)]
+        || {
+            let larger = |a: f32, b: f32| if b > a { b } else { a };
+            let (full, rest) = row.as_chunks::<BLOCK>();
+            for (block, largest) in full.iter().zip(&mut maxima) {
+                let mut lanes = [f32::NEG_INFINITY; LANES];
+                for chunk in block.as_chunks::<LANES>().0 {
+                    for lane in 0..LANES {
+                        lanes[lane] = larger(lanes[lane], chunk[lane]);
+                    }
+                }
+                *largest = join(lanes, larger);
+            }
+            if let (false, Some(largest)) = (rest.is_empty(), maxima.last_mut()) {
+                *largest = rest.iter().copied().fold(f32::NEG_INFINITY, larger);
+            }
+        },
+    );
+    maxima
+}
+
+/// Halves the lanes until one is left: the same order whatever the width of the vectors.
+#[inline(always)]
+fn join(mut lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = with(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// A row, and the sum of `exp((logit - largest) / temperature)` over each block of it.
+pub(crate) struct RowMasses<'a> {
+    row: &'a [f32],
+    largest: f32,
+    temperature: f32,
+    blocks: Vec<f32>,
+    total: f64,
+}
+
+impl<'a> RowMasses<'a> {
+    /// `largest` is the largest entry of the row. A row with a NaN, or without a finite largest entry, has a total that
+    /// is not finite.
+    pub(crate) fn new(row: &'a [f32], largest: f32, temperature: f32) -> Self {
+        let inverse = 1.0 / temperature;
+        let mut blocks = vec![0.0f32; row.len().div_ceil(BLOCK)];
+        vectorised(
+            #[inline(always)]
+            || {
+                let (full, rest) = row.as_chunks::<BLOCK>();
+                for (block, sum) in full.iter().zip(&mut blocks) {
+                    let mut lanes = [0.0f32; LANES];
+                    for chunk in block.as_chunks::<LANES>().0 {
+                        for lane in 0..LANES {
+                            lanes[lane] += exp((chunk[lane] - largest) * inverse);
+                        }
+                    }
+                    *sum = join(lanes, |a, b| a + b);
+                }
+                if let (false, Some(sum)) = (rest.is_empty(), blocks.last_mut()) {
+                    *sum = rest.iter().map(|&value| exp((value - largest) * inverse)).sum();
+                }
+            },
+        );
+        let total = blocks.iter().map(|&mass| mass as f64).sum();
+        RowMasses { row, largest, temperature, blocks, total }
+    }
+
+    pub(crate) fn temperature(&self) -> f32 {
+        self.temperature
+    }
+
+    /// The sum over the whole row, at least 1 where it is finite.
+    pub(crate) fn total(&self) -> f64 {
+        self.total
+    }
+
+    /// Logarithm of an entry's weight, relative to the largest.
+    pub(crate) fn log_weight(&self, id: u32) -> f64 {
+        self.scaled(self.row[id as usize])
+    }
+
+    fn scaled(&self, value: f32) -> f64 {
+        (value as f64 - self.largest as f64) / self.temperature as f64
+    }
+
+    /// Ids whose weight is at least `weight`, in ascending order, found by the maxima of the blocks.
+    pub(crate) fn at_least(&self, weight: f64, maxima: &[f32]) -> Vec<u32> {
+        let bound = weight.ln();
+        let mut ids = vec![];
+        for (block, &largest) in maxima.iter().enumerate() {
+            if self.scaled(largest) >= bound {
+                let first = (block * BLOCK) as u32;
+                let reaches = |&(_, &value): &(u32, &f32)| self.scaled(value) >= bound;
+                ids.extend((first..).zip(self.block(block)).filter(reaches).map(|(id, _)| id));
+            }
+        }
+        ids
+    }
+
+    /// Logarithm of what all ids but these add up to, relative to the largest entry; `-inf` when nothing is left. `ids`
+    /// ascend.
+    pub(crate) fn log_outside(&self, ids: &[u32]) -> f64 {
+        let mut sum = 0.0;
+        self.for_each_block(ids, |_, mass, _| sum += mass);
+        if sum > FAINT {
+            return sum.ln();
+        }
+        // So far below the largest that only its own scale has digits for it.
+        let mut left = ids.iter().copied().peekable();
+        let outside = (0..).zip(self.row).filter(|(id, _)| left.next_if_eq(id).is_none());
+        let outside: Vec<f64> = outside.map(|(_, &value)| self.scaled(value)).collect();
+        crate::divergence::log_sum_exp(&outside)
+    }
+
+    /// For each target the id at which the running sum of weights, over all ids but `excluded`, passes it. Targets and
+    /// `excluded` ascend; it ends with the first target beyond the sum.
+    pub(crate) fn passing(&self, excluded: &[u32], targets: impl IntoIterator<Item = f64>) -> Vec<u32> {
+        let mut targets = targets.into_iter().peekable();
+        let (mut found, mut before) = (vec![], 0.0);
+        self.for_each_block(excluded, |block, mass, excluded| {
+            let end = before + mass;
+            if targets.peek().is_some_and(|target| *target < end) {
+                let (mut buffer, mut reached, mut last) = ([0.0; BLOCK], before, None);
+                for (place, &weight) in self.weights(block, excluded, &mut buffer).iter().enumerate() {
+                    if weight > 0.0 {
+                        let id = (block * BLOCK + place) as u32;
+                        (reached, last) = (reached + weight as f64, Some(id));
+                        while targets.next_if(|target| *target < reached).is_some() {
+                            found.push(id);
+                        }
+                    }
+                }
+                // The block's sum was rounded in another order: what lies between the two belongs to its last entry.
+                while let (Some(id), Some(_)) = (last, targets.next_if(|target| *target < end)) {
+                    found.push(id);
+                }
+            }
+            before = end;
+        });
+        found
+    }
+
+    /// Calls with each block's number, its mass without the ids given, and those of these that lie in it.
+    fn for_each_block(&self, ids: &[u32], mut visit: impl FnMut(usize, f64, &[u32])) {
+        let mut left = ids;
+        for (block, &mass) in self.blocks.iter().enumerate() {
+            let end = ((block + 1) * BLOCK) as u64;
+            let count = left.iter().take_while(|&&id| (id as u64) < end).count();
+            let (inside, after) = left.split_at(count);
+            left = after;
+            if inside.is_empty() {
+                visit(block, mass as f64, inside);
+            } else {
+                let mut buffer = [0.0; BLOCK];
+                let weights = self.weights(block, inside, &mut buffer);
+                visit(block, weights.iter().map(|&weight| weight as f64).sum(), inside);
+            }
+        }
+    }
+
+    /// The weights of a block's entries, 0 for those excluded.
+    fn weights<'b>(&self, block: usize, excluded: &[u32], buffer: &'b mut [f32; BLOCK]) -> &'b [f32] {
+        let values = self.block(block);
+        let (largest, inverse) = (self.largest, 1.0 / self.temperature);
+        vectorised(
+            #[inline(always)]
+            || {
+                for (weight, &value) in buffer.iter_mut().zip(values) {
+                    *weight = exp((value - largest) * inverse);
+                }
+            },
+        );
+        for &id in excluded {
+            buffer[id as usize - block * BLOCK] = 0.0;
+        }
+        &buffer[..values.len()]
+    }
+
+    fn block(&self, block: usize) -> &'a [f32] {
+        &self.row[block * BLOCK..self.row.len().min((block + 1) * BLOCK)]
+    }
+}
