@@ -18,8 +18,8 @@ pub(crate) mod context {
     pub const TAIL_MORE: usize = TAIL + 17 * 16;
     pub const LABEL: usize = TAIL_MORE + 16;
     pub const GAP: usize = LABEL + 2;
-    pub const OUT: usize = GAP + BUCKETS * 12;
-    pub const LEVEL: usize = OUT + 64;
+    pub const OUT: usize = GAP + BUCKETS * 16;
+    pub const LEVEL: usize = OUT + 16 * 16;
     pub const LEVEL_LAST: usize = LEVEL + (BUCKETS / 2 + 1) * 40;
     pub const COUNT_OF_CONTEXTS: usize = LEVEL_LAST + 80;
     /// Where each kind starts. Rare contexts share one table per kind.

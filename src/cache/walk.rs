@@ -388,7 +388,7 @@ impl<D: Direction> Walk<'_, D> {
         let (ranked, buckets) = (std::mem::take(&mut ranker.ranked), std::mem::take(&mut ranker.buckets));
         let mut at = 0;
         while left > 0 && at < ranked.len() {
-            let context = context::GAP + buckets[at] as usize * 12 + (class_of(left as u32).0 as usize).min(11);
+            let context = context::GAP + buckets[at] as usize * 16 + (class_of(left as u32).0 as usize).min(15);
             let next = if D::WRITES {
                 (at..ranked.len()).find(|place| self.space.kept[ranked[*place] as usize] > 0)
             } else {
@@ -426,7 +426,7 @@ impl<D: Direction> Walk<'_, D> {
         let mut from = 0;
         for number in 0..left {
             let gap = places.get(number).map_or(0, |place| place - from);
-            let context = context::OUT + (class_of(from).0 as usize / 4).min(15) * 4 + left.min(3);
+            let context = context::OUT + (class_of(from).0 as usize / 4).min(15) * 16 + (class_of(left as u32).0 as usize).min(15);
             let place = from.saturating_add(self.direction.number(context, gap));
             let id = self.at(place);
             if self.fault.is_some() || self.direction.overran() {
