@@ -297,5 +297,5 @@ fn tables_of(counts: &[[u32; 256]]) -> Tables {
             };
         }
     }
-    Tables { tables, by_context }
+    Tables::new(tables, by_context)
 }

@@ -80,7 +80,7 @@ impl Coder {
         }
         let tables = (0..count).map(|_| Table::read(&mut bits)).collect::<Result<Vec<_>, _>>()?;
         bits.finish()?;
-        Ok(Coder { model, tables: Tables { tables, by_context } })
+        Ok(Coder { model, tables: Tables::new(tables, by_context) })
     }
 }
 

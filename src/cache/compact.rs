@@ -2,11 +2,11 @@
 //! it says.
 
 use super::codec::Block;
-use super::coder::Coder;
+use super::coder::{Coder, context};
 use super::model::Model;
-use super::rans::{Decoder, Encoder, Sink};
+use super::rans::{Decoder, Encoder, Sink, Tables};
 use super::record::{
-    QuantisationError, QuantisedRow, RecordShape, check, measure, prepare, push_empty_row, segment_after, segment_runs,
+    QuantisationError, QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs,
     segment_step,
 };
 use super::walk::{Reading, Scale, Walk, Workspace, Writing};
@@ -28,13 +28,10 @@ impl QuantisedSequence {
         check(sequence, targets, shape);
         let mut rows = vec![];
         if let Some(targets) = targets {
-            let mut decoded = SparseTargets::empty(&shape.temperatures);
             for row in (0..shape.seq_len).filter(|row| sequence.is_valid(*row)) {
                 let label = sequence.tokens[row + 1];
                 let mut quantised = QuantisedRow::default();
-                quantised.quantise(shape, targets, row, label);
-                quantised.decode(shape, label, &mut decoded);
-                measure(targets, row, &decoded, decoded.row_count() - 1, shape, error);
+                quantised.quantise(shape, targets, row, label, error);
                 rows.push(quantised);
             }
         }
@@ -88,6 +85,64 @@ pub(crate) fn encode_sequence(
 ) {
     let quantised = QuantisedSequence::new(sequence, targets, shape, error);
     write_sequence(&quantised, shape, &coder.model, space, Encoder::new(&coder.tables)).finish(out);
+}
+
+/// What the parts of records cost, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RecordParts {
+    pub tokens: f64,
+    /// How many ids are kept, and which.
+    pub ids: f64,
+    pub levels: f64,
+    pub tails: f64,
+    pub labels: f64,
+}
+
+impl RecordParts {
+    /// Adds the parts of one sequence's record, but for its 8 bytes of states and the segments.
+    pub(crate) fn add(
+        &mut self,
+        sequence: &PackedSequence,
+        targets: Option<&SparseTargets>,
+        shape: &RecordShape,
+        coder: &Coder,
+        space: &mut Workspace,
+    ) {
+        let quantised = QuantisedSequence::new(sequence, targets, shape, &mut QuantisationError::default());
+        let costs = Costs { tables: &coder.tables, bits: [0.0; context::KINDS.len()], kind: None };
+        let bits = write_sequence(&quantised, shape, &coder.model, space, costs).bits;
+        for (start, bits) in context::KINDS.iter().zip(bits) {
+            let part = match *start {
+                context::TOKEN | context::TOKEN_OTHER => &mut self.tokens,
+                context::TOP_LEVEL | context::LEVEL | context::LEVEL_LAST => &mut self.levels,
+                context::TAIL | context::TAIL_MORE => &mut self.tails,
+                context::LABEL => &mut self.labels,
+                _ => &mut self.ids,
+            };
+            *part += bits / 8.0;
+        }
+    }
+}
+
+/// Sums what symbols cost, by the kind of their context.
+struct Costs<'a> {
+    tables: &'a Tables,
+    bits: [f64; context::KINDS.len()],
+    /// The kind that raw bits belong to.
+    kind: Option<usize>,
+}
+
+impl Sink for Costs<'_> {
+    fn symbol(&mut self, context: usize, symbol: u8) {
+        self.kind = context::KINDS.iter().rposition(|start| *start <= context);
+        self.bits[self.kind.unwrap_or(0)] += self.tables.cost(context, symbol);
+    }
+
+    fn raw(&mut self, _: u32, bits: u32) {
+        if let Some(kind) = self.kind {
+            self.bits[kind] += f64::from(bits);
+        }
+    }
 }
 
 /// Appends the sequence of a record to `block`.

@@ -3,6 +3,26 @@
 
 use std::f64::consts::LN_2;
 
+/// `1 / n!` and `1 / (2 n + 1)`, by `n`.
+const INVERSE_FACTORIALS: [f64; 17] = {
+    let mut inverses = [1.0; 17];
+    let mut n = 1;
+    while n < inverses.len() {
+        inverses[n] = inverses[n - 1] / n as f64;
+        n += 1;
+    }
+    inverses
+};
+const INVERSE_ODD: [f64; 13] = {
+    let mut inverses = [1.0; 13];
+    let mut n = 1;
+    while n < inverses.len() {
+        inverses[n] = 1.0 / (2 * n + 1) as f64;
+        n += 1;
+    }
+    inverses
+};
+
 /// `e^x`; 0 far below the smallest double.
 pub(crate) fn exp(x: f64) -> f64 {
     if x < -700.0 {
@@ -12,9 +32,9 @@ pub(crate) fn exp(x: f64) -> f64 {
     // LN_2 in two parts, the first of 21 bits, so that its product with `turns` is exact.
     const HIGH: f64 = 0.693_147_182_464_599_6;
     let rest = (x - turns * HIGH) - turns * (LN_2 - HIGH);
-    let mut sum = 1.0;
-    for power in (1..=14).rev() {
-        sum = 1.0 + sum * rest / power as f64;
+    let mut sum = INVERSE_FACTORIALS[14];
+    for coefficient in INVERSE_FACTORIALS[..14].iter().rev() {
+        sum = coefficient + sum * rest;
     }
     sum * f64::from_bits(((turns as i64 + 1023) as u64) << 52)
 }
@@ -24,11 +44,11 @@ pub(crate) fn one_minus_exp(x: f64) -> f64 {
     if x < -0.5 {
         return 1.0 - exp(x);
     }
-    let mut sum = 0.0;
-    for power in (1..=16).rev() {
-        sum = (1.0 + sum) * x / power as f64;
+    let mut sum = INVERSE_FACTORIALS[16];
+    for coefficient in INVERSE_FACTORIALS[1..16].iter().rev() {
+        sum = coefficient + sum * x;
     }
-    -sum
+    -sum * x
 }
 
 /// Natural logarithm of a normal positive number.
@@ -48,8 +68,8 @@ fn ln_near_one(x: f64) -> f64 {
     let ratio = x / (2.0 + x);
     let square = ratio * ratio;
     let mut sum = 0.0;
-    for term in (0..=12).rev() {
-        sum = sum * square + 1.0 / (2 * term + 1) as f64;
+    for coefficient in INVERSE_ODD.iter().rev() {
+        sum = sum * square + coefficient;
     }
     2.0 * ratio * sum
 }

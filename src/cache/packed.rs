@@ -6,7 +6,7 @@ use super::bits::{BitReader, BitWriter, width_of};
 use super::codec::Block;
 use super::quantizer::{HALVINGS, RowKind, TAIL_CODES};
 use super::record::{
-    QuantisationError, QuantisedRow, RecordShape, check, measure, prepare, push_empty_row, segment_after, segment_runs,
+    QuantisationError, QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs,
     segment_step,
 };
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
@@ -66,10 +66,9 @@ fn encode_rows(
     let level_bits = level_bits(shape);
     let steps = shape.quantiser.steps;
     let mut quantised = QuantisedRow::default();
-    let mut decoded = SparseTargets::empty(&shape.temperatures);
     for row in rows() {
         let label = sequence.tokens[row + 1];
-        quantised.quantise(shape, targets, row, label);
+        quantised.quantise(shape, targets, row, label, error);
         quantised.tails.iter().for_each(|tail| bits.put(u64::from(*tail), TAIL_BITS));
         for (id, level) in quantised.ids.iter().zip(&quantised.levels) {
             bits.put(u64::from(*id), id_bits);
@@ -81,8 +80,6 @@ fn encode_rows(
             }
         }
         quantised.labels.iter().for_each(|label| bits.put(u64::from(*label), LABEL_BITS));
-        quantised.decode(shape, label, &mut decoded);
-        measure(targets, row, &decoded, decoded.row_count() - 1, shape, error);
     }
 }
 

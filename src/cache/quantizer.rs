@@ -171,8 +171,9 @@ impl Quantiser {
         let first = roots[0];
         let near = |root: f64| (0.6 * first..=1.6 * first + 1e-300).contains(&root);
         let mut tops: Vec<u16> = (1..self.roots.len() as u16).filter(|top| near(self.roots[*top as usize])).collect();
-        let distance = |top: u16| (self.roots[top as usize] - first).abs();
-        tops.sort_by(|left, right| distance(*left).total_cmp(&distance(*right)).then(left.cmp(right)));
+        // In whole numbers, so that rounding does not decide between two that are equally far.
+        let distance = |top: u16| ((self.roots[top as usize] - first).abs() * (1u64 << 32) as f64) as u64 >> 12;
+        tops.sort_by_key(|top| (distance(*top), *top));
         for top in tops {
             let factor = self.roots[top as usize] / first;
             levels.clear();

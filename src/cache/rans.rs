@@ -21,9 +21,11 @@ pub(crate) struct Table {
     /// By symbol, in 2048ths; 0 where the symbol is escaped.
     frequencies: [u16; 256],
     starts: [u16; 256],
-    /// By place in the total: symbol, its frequency << 8, place within the symbol << 20.
-    slots: Box<[u32; TOTAL as usize]>,
 }
+
+/// Cells of equal size into which a table's total is divided for look-ups.
+const CELLS: usize = 128;
+const CELL_BITS: u32 = FREQUENCY_BITS - 7;
 
 impl Table {
     /// A table that suits these counts; at least one 2048th is left for what was not counted.
@@ -60,26 +62,33 @@ impl Table {
             return None;
         }
         let mut starts = [0; 256];
-        let mut slots = Box::new([0; TOTAL as usize]);
         let mut start = 0;
         for symbol in 0..256 {
             starts[symbol] = start;
-            for place in 0..frequencies[symbol] {
-                slots[(start + place) as usize] =
-                    symbol as u32 | u32::from(frequencies[symbol]) << 8 | u32::from(place) << 20;
-            }
             start += frequencies[symbol];
         }
-        Some(Table { frequencies, starts, slots })
+        Some(Table { frequencies, starts })
     }
 
-    /// What a symbol costs, in bits.
-    pub(crate) fn cost(&self, symbol: u8) -> f64 {
-        let bits = |frequency: u16| f64::from(FREQUENCY_BITS) - f64::from(frequency).log2();
-        match self.frequencies[symbol as usize] {
-            0 => bits(self.frequencies[ESCAPE as usize]) + 8.0,
-            frequency => bits(frequency),
+    /// Appends what a decoder looks symbols up in: for each cell the first entry that reaches into it, a byte each;
+    /// then the entries (symbol, frequency << 8, start << 20) and one that ends them. All hot tables of a coder
+    /// together should fit a processor's near cache, so they are small rather than direct.
+    fn append_lookup(&self, lookup: &mut Vec<u32>) {
+        let present = || (0..256).filter(|symbol| self.frequencies[*symbol] > 0);
+        let mut cells = [0u8; CELLS];
+        for (entry, symbol) in present().enumerate() {
+            let end = self.starts[symbol] + self.frequencies[symbol];
+            // Cells whose first place lies in this symbol.
+            let first = (u32::from(self.starts[symbol])).div_ceil(1 << CELL_BITS);
+            for cell in first..u32::from(end).div_ceil(1 << CELL_BITS) {
+                cells[cell as usize] = entry as u8;
+            }
         }
+        lookup.extend(cells.chunks_exact(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]])));
+        lookup.extend(present().map(|symbol| {
+            symbol as u32 | u32::from(self.frequencies[symbol]) << 8 | u32::from(self.starts[symbol]) << 20
+        }));
+        lookup.push(TOTAL << 20);
     }
 
     /// Writes the frequencies: number of symbols, then gap of each to the one before and its frequency.
@@ -145,6 +154,32 @@ pub(crate) struct Encoder<'a> {
 pub(crate) struct Tables {
     pub tables: Vec<Table>,
     pub by_context: Vec<u16>,
+    lookup: Vec<u32>,
+    /// By context, where its table starts in `lookup`.
+    lookup_starts: Vec<u32>,
+}
+
+impl Tables {
+    pub(crate) fn new(tables: Vec<Table>, by_context: Vec<u16>) -> Tables {
+        let mut lookup = vec![];
+        let mut starts = vec![];
+        for table in &tables {
+            starts.push(lookup.len() as u32);
+            table.append_lookup(&mut lookup);
+        }
+        let lookup_starts = by_context.iter().map(|table| starts[*table as usize]).collect();
+        Tables { tables, by_context, lookup, lookup_starts }
+    }
+
+    /// What a symbol costs, in bits; for reports only.
+    pub(crate) fn cost(&self, context: usize, symbol: u8) -> f64 {
+        let frequencies = &self.tables[self.by_context[context] as usize].frequencies;
+        let bits = |frequency: u16| f64::from(FREQUENCY_BITS) - f64::from(frequency).log2();
+        match frequencies[symbol as usize] {
+            0 => bits(frequencies[ESCAPE as usize]) + 8.0,
+            frequency => bits(frequency),
+        }
+    }
 }
 
 impl Sink for Encoder<'_> {
@@ -203,8 +238,8 @@ impl<'a> Encoder<'a> {
 
 /// Reads what an [`Encoder`] wrote. On any bytes it gives some symbols; [`Decoder::finish`] says whether all was well.
 pub(crate) struct Decoder<'a> {
-    tables: &'a [Table],
-    by_context: &'a [u16],
+    lookup: &'a [u32],
+    lookup_starts: &'a [u32],
     words: &'a [u8],
     place: usize,
     /// The state of the next symbol, and the other.
@@ -217,8 +252,8 @@ impl<'a> Decoder<'a> {
         let state = |place: usize| bytes.get(place..place + 4).and_then(<[u8]>::first_chunk).copied();
         match (state(0), state(4)) {
             (Some(state), Some(other)) => Ok(Decoder {
-                tables: &tables.tables,
-                by_context: &tables.by_context,
+                lookup: &tables.lookup,
+                lookup_starts: &tables.lookup_starts,
                 words: &bytes[8..],
                 place: 0,
                 state: u32::from_le_bytes(state),
@@ -246,10 +281,16 @@ impl<'a> Decoder<'a> {
 
     #[inline(always)]
     pub(crate) fn symbol(&mut self, context: usize) -> u8 {
-        let table = &self.tables[self.by_context[context] as usize];
-        let slot = table.slots[(self.state & (TOTAL - 1)) as usize];
-        self.advance(slot >> 8 & 0xfff, slot >> 20);
-        if slot as u8 == ESCAPE { self.raw(8) as u8 } else { slot as u8 }
+        let table = &self.lookup[self.lookup_starts[context] as usize..];
+        let slot = self.state & (TOTAL - 1);
+        let cell = (slot >> CELL_BITS) as usize;
+        let mut place = CELLS / 4 + (table[cell / 4] >> (8 * (cell & 3)) & 0xff) as usize;
+        while table[place + 1] >> 20 <= slot {
+            place += 1;
+        }
+        let entry = table[place];
+        self.advance(entry >> 8 & 0xfff, slot - (entry >> 20));
+        if entry as u8 == ESCAPE { self.raw(8) as u8 } else { entry as u8 }
     }
 
     #[inline(always)]
@@ -299,10 +340,8 @@ mod tests {
             counts in prop::collection::vec(prop::collection::vec(0u32..5000, 0..255), 1..4),
             symbols in prop::collection::vec((any::<u8>(), any::<u32>(), 0u32..=32), 0..300),
         ) {
-            let tables = Tables {
-                tables: counts.iter().map(|counts| table(counts)).collect(),
-                by_context: (0..counts.len() as u16).collect(),
-            };
+            let tables =
+                Tables::new(counts.iter().map(|counts| table(counts)).collect(), (0..counts.len() as u16).collect());
             let mut encoder = Encoder::new(&tables);
             for (place, &(symbol, value, bits)) in symbols.iter().enumerate() {
                 encoder.symbol(place % counts.len(), symbol);

@@ -103,7 +103,14 @@ impl QuantisedRow {
         self.labels.clear();
     }
 
-    pub(crate) fn quantise(&mut self, shape: &RecordShape, targets: &SparseTargets, row: usize, label: u32) {
+    pub(crate) fn quantise(
+        &mut self,
+        shape: &RecordShape,
+        targets: &SparseTargets,
+        row: usize,
+        label: u32,
+        error: &mut QuantisationError,
+    ) {
         self.clear();
         let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
         if shape.quantiser.has_tail() {
@@ -112,11 +119,57 @@ impl QuantisedRow {
         let tail = self.tails.first().copied().unwrap_or(0);
         shape.quantiser.levels(&targets.captures[0].log_probs[kept.clone()], tail, &mut self.levels);
         self.ids.extend_from_slice(&targets.ids[kept]);
+        self.measure(shape, targets, row, label, error);
         self.sort(shape);
         if !self.ids.contains(&label) {
             let captures = &targets.captures[..shape.label_count(self.ids.len())];
             self.labels.extend(captures.iter().map(|capture| label_code(capture.label_log_prob[row])));
         }
+    }
+
+    /// Adds what quantising changed at the first temperature. The levels are still in the order of the targets.
+    fn measure(
+        &self,
+        shape: &RecordShape,
+        targets: &SparseTargets,
+        row: usize,
+        label: u32,
+        error: &mut QuantisationError,
+    ) {
+        error.rows += 1;
+        let original = &targets.captures[0];
+        let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
+        let tail = self.tails.first().copied().unwrap_or(0);
+        let mut decoded = vec![];
+        shape.quantiser.log_probs(&self.levels, tail, &mut decoded);
+        let mut divergence = 0.0;
+        for (before, after) in original.log_probs[kept].iter().zip(&decoded) {
+            let (before, after) = (f64::from(*before), f64::from(*after));
+            let (left, right) = (exp(before), exp(after));
+            divergence += left * (before - after);
+            error.squared_error += (left - right) * (left - right);
+            error.squared_norm += left * left;
+        }
+        let before = original.label_log_prob[row];
+        let after = match self.ids.iter().position(|id| *id == label) {
+            Some(place) => decoded[place],
+            None => label_of(label_code(before)),
+        };
+        let moved = f64::from(before) - f64::from(after);
+        if moved.is_finite() {
+            error.label_max = error.label_max.max(moved.abs());
+        }
+        if !shape.quantiser.has_tail() {
+            return;
+        }
+        let (before, after) = (f64::from(original.log_tail[row]), f64::from(shape.quantiser.log_tail(tail)));
+        let (left, right) = (exp(before), exp(after));
+        if left > 0.0 {
+            divergence += left * (before - after);
+        }
+        error.tail_max = error.tail_max.max((left - right).abs());
+        error.divergence_sum += divergence;
+        error.divergence_max = error.divergence_max.max(divergence);
     }
 
     /// Into the order of decoding.
@@ -173,56 +226,6 @@ pub(crate) fn push_empty_row(targets: &mut SparseTargets) {
     for capture in &mut targets.captures {
         capture.log_tail.push(0.0);
         capture.label_log_prob.push(0.0);
-    }
-}
-
-/// Adds what decoding changed to `error`: rows `row` of the original and `decoded_row` of the decoded targets.
-pub(crate) fn measure(
-    original: &SparseTargets,
-    row: usize,
-    decoded: &SparseTargets,
-    decoded_row: usize,
-    shape: &RecordShape,
-    error: &mut QuantisationError,
-) {
-    error.rows += 1;
-    let kept = original.offsets[row] as usize..original.offsets[row + 1] as usize;
-    let start = decoded.offsets[decoded_row] as usize;
-    for (number, (before, after)) in original.captures.iter().zip(&decoded.captures).enumerate() {
-        let label = f64::from(before.label_log_prob[row]) - f64::from(after.label_log_prob[decoded_row]);
-        if label.is_finite() {
-            error.label_max = error.label_max.max(label.abs());
-        }
-        if number > 0 {
-            continue;
-        }
-        let mut divergence = 0.0;
-        // Within equal levels the decoded order is by id; both sides are sorted by value, so compare value by value
-        // of equal ids through a small index.
-        let mut by_id: Vec<(u32, f32)> = decoded.ids[start..start + kept.len()]
-            .iter()
-            .copied()
-            .zip(after.log_probs[start..].iter().copied())
-            .collect();
-        by_id.sort_unstable_by_key(|entry| entry.0);
-        for (id, log_prob) in original.ids[kept.clone()].iter().zip(&before.log_probs[kept.clone()]) {
-            let Ok(place) = by_id.binary_search_by_key(id, |entry| entry.0) else { continue };
-            let found = by_id[place].1;
-            let (left, right) = (exp(f64::from(*log_prob)), exp(f64::from(found)));
-            divergence += left * (f64::from(*log_prob) - f64::from(found));
-            error.squared_error += (left - right) * (left - right);
-            error.squared_norm += left * left;
-        }
-        if shape.quantiser.has_tail() {
-            let (left, right) = (f64::from(before.log_tail[row]), f64::from(after.log_tail[decoded_row]));
-            let (tail, other) = (exp(left), exp(right));
-            if tail > 0.0 {
-                divergence += tail * (left - right);
-            }
-            error.tail_max = error.tail_max.max((tail - other).abs());
-            error.divergence_sum += divergence;
-            error.divergence_max = error.divergence_max.max(divergence);
-        }
     }
 }
 
