@@ -73,9 +73,8 @@ impl Coder {
         settings: CalibrationSettings,
     ) -> Coder {
         let mut error = QuantisationError::default();
-        let sample: Vec<QuantisedSequence> = sample
-            .map(|(sequence, targets)| QuantisedSequence::new(sequence, targets, shape, &mut error))
-            .collect();
+        let sample: Vec<QuantisedSequence> =
+            sample.map(|(sequence, targets)| QuantisedSequence::new(sequence, targets, shape, &mut error)).collect();
         let held = |number: usize| number % FOLD == FOLD - 1 || sample.len() == 1;
         let part = |keep: &dyn Fn(usize) -> bool| -> Vec<&QuantisedSequence> {
             sample.iter().enumerate().filter(|(number, _)| keep(*number)).map(|(_, sequence)| sequence).collect()

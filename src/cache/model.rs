@@ -99,9 +99,8 @@ impl Model {
         order.iter().enumerate().for_each(|(place, id)| places[*id as usize] = place as u32);
         let base: Vec<i32> = classes.iter().map(|class| i32::from(weights[CLASS_WEIGHTS + *class as usize])).collect();
         for (kind, lists) in [(evidence::FOLLOWS, &mut follows), (evidence::WITH_LABEL, &mut together)] {
-            let score = |id: u32, strength: u8| {
-                base[id as usize] + i32::from(weights[kind * STRENGTHS + strength as usize])
-            };
+            let score =
+                |id: u32, strength: u8| base[id as usize] + i32::from(weights[kind * STRENGTHS + strength as usize]);
             for token in 0..classes.len() {
                 let range = lists.starts[token] as usize..lists.starts[token + 1] as usize;
                 let mut entries: Vec<(u32, u8)> =

@@ -251,11 +251,8 @@ fn tail_of(code: u8) -> (f32, f64) {
 /// The code of a tail, from its logarithm.
 pub(crate) fn tail_code(log_tail: f32) -> u8 {
     let log_tail = f64::from(log_tail.min(0.0));
-    let (smaller, other) = if log_tail < -std::f64::consts::LN_2 {
-        (exp(log_tail), false)
-    } else {
-        (one_minus_exp(log_tail), true)
-    };
+    let (smaller, other) =
+        if log_tail < -std::f64::consts::LN_2 { (exp(log_tail), false) } else { (one_minus_exp(log_tail), true) };
     if smaller == 0.0 {
         // e^-700 is as good as nothing only where nothing is meant.
         return match (other, log_tail == f64::NEG_INFINITY) {

@@ -254,7 +254,8 @@ impl<D: Direction> Walk<'_, D> {
     fn row_parts(&mut self, place: usize, previous: u32, label: u32, row: &mut QuantisedRow) -> Result<(), String> {
         let before = self.space.history.row_after(previous);
         let kept_before = before.map(|row| self.space.history.kept(row));
-        let count_context = context::COUNT + kept_before.map_or(0, |kept| 1 + class_of(kept.len() as u32).0.min(20) as usize);
+        let count_context =
+            context::COUNT + kept_before.map_or(0, |kept| 1 + class_of(kept.len() as u32).0.min(20) as usize);
         let top_before = kept_before.and_then(|kept| kept.first()).copied().filter(|top| *top != label);
         let before_agrees = match kept_before.and_then(|kept| kept.first()) {
             None => 0,
@@ -308,9 +309,12 @@ impl<D: Direction> Walk<'_, D> {
             let keys = &mut self.space.keys;
             keys.clear();
             let order = &self.scale.order;
-            keys.extend(row.ids.iter().zip(&row.levels).map(|(id, level)| {
-                u64::from(order[*level as usize]) << 32 | u64::from(*id)
-            }));
+            keys.extend(
+                row.ids
+                    .iter()
+                    .zip(&row.levels)
+                    .map(|(id, level)| u64::from(order[*level as usize]) << 32 | u64::from(*id)),
+            );
             keys.sort_unstable();
             for ((key, id), level) in keys.iter().zip(&mut row.ids).zip(&mut row.levels) {
                 *id = *key as u32;
@@ -426,7 +430,9 @@ impl<D: Direction> Walk<'_, D> {
         let mut from = 0;
         for number in 0..left {
             let gap = places.get(number).map_or(0, |place| place - from);
-            let context = context::OUT + (class_of(from).0 as usize / 4).min(15) * 16 + (class_of(left as u32).0 as usize).min(15);
+            let context = context::OUT
+                + (class_of(from).0 as usize / 4).min(15) * 16
+                + (class_of(left as u32).0 as usize).min(15);
             let place = from.saturating_add(self.direction.number(context, gap));
             let id = self.at(place);
             if self.fault.is_some() || self.direction.overran() {
@@ -439,14 +445,7 @@ impl<D: Direction> Walk<'_, D> {
 
     /// The level of an id that was found.
     #[inline(always)]
-    fn kept(
-        &mut self,
-        id: u32,
-        bucket: usize,
-        left: &mut usize,
-        mass: &mut i64,
-        row: &mut QuantisedRow,
-    ) {
+    fn kept(&mut self, id: u32, bucket: usize, left: &mut usize, mass: &mut i64, row: &mut QuantisedRow) {
         let context = if *left == 1 {
             context::LEVEL_LAST + (class_of((*mass).max(0) as u32).0 as usize).min(79)
         } else {
@@ -467,7 +466,7 @@ impl<D: Direction> Walk<'_, D> {
     }
 
     fn label(&mut self, context: usize, code: u16) -> u16 {
-        let symbol = self.direction.symbol(context, ((code >> 6) as u8).min(LABEL_FAR));
+        let symbol = self.direction.symbol(context, (code >> 6).min(u16::from(LABEL_FAR)) as u8);
         if symbol >= LABEL_FAR {
             return self.direction.raw(u32::from(code), 16) as u16;
         }
