@@ -1,0 +1,300 @@
+//! How a [`Coder`] is made from a sample of a cache's sequences.
+//!
+//! Three passes over the sample: ids that rows keep after and together with tokens become lists; logistic regression
+//! weighs the lists against each other; a trial run of the codec counts the symbols of each context. The second and
+//! third read sequences that did not go into the lists, or the lists would look better than they are; then the lists
+//! are made again, of everything. One thread, sums in a fixed order, no function of the system's library: the same
+//! sample gives the same coder everywhere.
+
+use super::coder::{Coder, LIST_LENGTH, context};
+use super::compact::{QuantisedSequence, write_sequence};
+use super::exact_math::{exp, ln};
+use super::model::{
+    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
+    evidence_of,
+};
+use super::quantizer::RowKind;
+use super::rans::{ESCAPE, Sink, Table, Tables};
+use super::record::{QuantisationError, QuantisedRow, RecordShape};
+use super::walk::Workspace;
+use crate::targets::{PackedSequence, SparseTargets};
+
+/// How large a coder may become.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CalibrationSettings {
+    /// Entries of all lists together; each costs about 1.5 bytes once, and time to load.
+    pub list_entries: usize,
+    /// Entries of one list; each costs time in every row that it is looked up for. At most 256.
+    pub list_length: usize,
+}
+
+impl Default for CalibrationSettings {
+    fn default() -> Self {
+        CalibrationSettings { list_entries: 400_000, list_length: 96 }
+    }
+}
+
+/// What an entry of a list costs, in bits: it is worth its place when the sample gains more from it.
+const ENTRY_BITS: f64 = 13.0;
+/// Pretended occurrences of what is usual, before a token's own count.
+const PRIOR: f64 = 4.0;
+/// Rows that the weights are fitted to.
+const FIT_ROWS: usize = 12_000;
+const FIT_PASSES: usize = 2;
+/// Contexts that occurred less often share a table.
+const LEAST_COUNT: u64 = 48;
+/// Every so many sequences one is left out of the lists at first.
+const FOLD: usize = 4;
+
+/// A row of the sample, with what stands around it.
+struct SampleRow<'a> {
+    previous: u32,
+    label: u32,
+    place: usize,
+    row: &'a QuantisedRow,
+}
+
+fn rows_of(quantised: &QuantisedSequence) -> impl Iterator<Item = SampleRow<'_>> {
+    let sequence = &quantised.sequence;
+    let places = (0..sequence.seq_len()).filter(move |place| sequence.is_valid(*place));
+    places.zip(&quantised.rows).map(move |(place, row)| SampleRow {
+        previous: sequence.tokens[place],
+        label: sequence.tokens[place + 1],
+        place,
+        row,
+    })
+}
+
+impl Coder {
+    /// Learns from sequences of the cache; more of them make records smaller and the coder larger.
+    pub fn calibrate<'a>(
+        sample: impl Iterator<Item = (&'a PackedSequence, Option<&'a SparseTargets>)>,
+        shape: &RecordShape,
+        settings: CalibrationSettings,
+    ) -> Coder {
+        let mut error = QuantisationError::default();
+        let sample: Vec<QuantisedSequence> =
+            sample.map(|(sequence, targets)| QuantisedSequence::new(sequence, targets, shape, &mut error)).collect();
+        let held = |number: usize| number % FOLD == FOLD - 1 || sample.len() == 1;
+        let part = |keep: &dyn Fn(usize) -> bool| -> Vec<&QuantisedSequence> {
+            sample.iter().enumerate().filter(|(number, _)| keep(*number)).map(|(_, sequence)| sequence).collect()
+        };
+        let (learnt, rest) = (part(&|number| !held(number)), part(&held));
+        let first = lists_of(&learnt, shape.vocab_size, settings);
+        let weights = fit(&first, &rest, shape);
+        let model = Model::new(first.classes, first.follows, first.together, weights.clone());
+        let mut space = Workspace::new(shape.vocab_size);
+        let mut counts = Counts(vec![[0; 256]; context::COUNT_OF_CONTEXTS]);
+        for sequence in rest {
+            counts = write_sequence(sequence, shape, &model, &mut space, counts);
+        }
+        let tables = tables_of(&counts.0);
+        let all = lists_of(&part(&|_| true), shape.vocab_size, settings);
+        Coder { model: Model::new(all.classes, all.follows, all.together, weights), tables }
+    }
+}
+
+struct Learnt {
+    classes: Vec<u8>,
+    follows: Lists,
+    together: Lists,
+}
+
+/// An entry that a list may get.
+struct Entry {
+    gain: f64,
+    token: u32,
+    id: u32,
+    strength: u8,
+}
+
+fn lists_of(sample: &[&QuantisedSequence], vocab_size: usize, settings: CalibrationSettings) -> Learnt {
+    let mut totals = vec![0u32; vocab_size];
+    let mut row_count = 0u32;
+    let mut by_token: [Vec<(u32, &QuantisedRow)>; 2] = Default::default();
+    for sequence in sample {
+        sequence.sequence.tokens.iter().for_each(|token| totals[*token as usize] += 1);
+        for SampleRow { previous, label, row, .. } in rows_of(sequence) {
+            row_count += 1;
+            row.ids.iter().for_each(|id| totals[*id as usize] += 1);
+            by_token[0].push((previous, row));
+            by_token[1].push((label, row));
+            if let Some(top) = row.ids.first().filter(|top| **top != label) {
+                by_token[1].push((*top, row));
+            }
+        }
+    }
+    let odds = |prob: f64| {
+        let prob = prob.clamp(1e-7, 0.97);
+        ln(prob / (1.0 - prob)) / std::f64::consts::LN_2
+    };
+    let usual: Vec<f64> =
+        totals.iter().map(|total| (f64::from(*total) + 0.05) / (f64::from(row_count) + 1.0)).collect();
+    let mut entries: Vec<(usize, Entry)> = vec![];
+    let mut counts = vec![0u32; vocab_size];
+    for (kind, rows) in by_token.iter_mut().enumerate() {
+        rows.sort_by_key(|row| row.0);
+        for group in rows.chunk_by(|left, right| left.0 == right.0) {
+            let mut seen: Vec<u32> = vec![];
+            for id in group.iter().flat_map(|(_, row)| &row.ids) {
+                if counts[*id as usize] == 0 {
+                    seen.push(*id);
+                }
+                counts[*id as usize] += 1;
+            }
+            let start = entries.len();
+            for id in seen {
+                let count = std::mem::take(&mut counts[id as usize]);
+                if count < 2 {
+                    continue;
+                }
+                let before = usual[id as usize];
+                let after = (f64::from(count) + PRIOR * before) / (group.len() as f64 + PRIOR);
+                let bits = odds(after) - odds(before);
+                let gain = f64::from(count) * bits - ENTRY_BITS;
+                let strength = bits.round_ties_even();
+                if gain > 0.0 && strength >= 1.0 {
+                    let strength = strength.min(STRENGTHS as f64 - 1.0) as u8;
+                    entries.push((kind, Entry { gain, token: group[0].0, id, strength }));
+                }
+            }
+            entries[start..].sort_by(|left, right| by_gain(&left.1, &right.1));
+            entries.truncate(start + settings.list_length.min(LIST_LENGTH));
+        }
+    }
+    entries.sort_by(|left, right| by_gain(&left.1, &right.1).then(left.0.cmp(&right.0)));
+    entries.truncate(settings.list_entries);
+    let mut lists = [Lists::default(), Lists::default()];
+    for (number, lists) in lists.iter_mut().enumerate() {
+        let mut mine: Vec<&Entry> = entries.iter().filter(|entry| entry.0 == number).map(|entry| &entry.1).collect();
+        mine.sort_by_key(|entry| (entry.token, entry.id));
+        lists.starts.push(0);
+        for entry in mine {
+            lists.starts.resize(entry.token as usize + 1, lists.ids.len() as u32);
+            lists.ids.push(entry.id);
+            lists.strengths.push(entry.strength);
+        }
+        lists.starts.resize(vocab_size + 1, lists.ids.len() as u32);
+    }
+    let [follows, together] = lists;
+    let classes = totals.iter().map(|total| class_of(*total).0.min(CLASSES as u8 - 1)).collect();
+    Learnt { classes, follows, together }
+}
+
+fn by_gain(left: &Entry, right: &Entry) -> std::cmp::Ordering {
+    right.gain.total_cmp(&left.gain).then(left.token.cmp(&right.token)).then(left.id.cmp(&right.id))
+}
+
+/// Weights of evidence by logistic regression: is a candidate kept, given all that speaks for it?
+fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> Vec<i16> {
+    let unit = std::f64::consts::LN_2;
+    // Where the sample says nothing, what is sensible: damped evidence, frequency as it was counted.
+    let mut weights = vec![0.0; WEIGHTS];
+    for kind in [evidence::FOLLOWS, evidence::WITH_LABEL, evidence::WITH_TOP] {
+        (0..STRENGTHS).for_each(|strength| weights[kind * STRENGTHS + strength] = 0.5 * unit * strength as f64);
+    }
+    for kind in [evidence::AFTER_SAME, evidence::AFTER_OTHER, evidence::BEFORE_SAME, evidence::PREVIOUS] {
+        (0..STRENGTHS).for_each(|strength| weights[kind * STRENGTHS + strength] = 0.5 * unit * strength as f64);
+    }
+    weights[evidence::LABEL * STRENGTHS] = 6.0 * unit;
+    let rows: usize = sample.iter().map(|sequence| sequence.rows.len()).sum();
+    for class in 0..CLASSES {
+        weights[CLASS_WEIGHTS + class] = (class as f64 - 64.0) * 0.25 * unit;
+    }
+    let mut slopes = vec![1e-6; WEIGHTS];
+    let model = Model::new(learnt.classes.clone(), learnt.follows.clone(), learnt.together.clone(), vec![0; WEIGHTS]);
+    let mut history = History::new(shape.vocab_size);
+    let every = (rows / FIT_ROWS).max(1);
+    // By id: one more than its place among the candidates; whether it is kept.
+    let mut places = vec![0u32; shape.vocab_size];
+    let mut kept = vec![false; shape.vocab_size];
+    for pass in 0..FIT_PASSES {
+        let rate = 0.3 / (1 + pass) as f64;
+        let mut number = 0usize;
+        for sequence in sample {
+            history.clear();
+            for SampleRow { previous, label, place, row } in rows_of(sequence) {
+                number += 1;
+                if let (Some(&top), true) = (row.ids.first(), number % every == 0) {
+                    let mut ids: Vec<u32> = vec![];
+                    let mut features: Vec<Vec<u16>> = vec![];
+                    let known = Known { place, previous, label, top };
+                    let facts = evidence_of(&model, &history, known, |id, kind, strength| {
+                        if places[id as usize] == 0 {
+                            ids.push(id);
+                            places[id as usize] = ids.len() as u32;
+                            features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                        }
+                        let feature = kind * STRENGTHS + strength as usize;
+                        features[places[id as usize] as usize - 1].push(feature as u16);
+                    });
+                    let facts: Vec<u16> =
+                        (0..facts.len()).filter(|fact| facts[*fact]).map(|fact| (FACT_WEIGHTS + fact) as u16).collect();
+                    row.ids.iter().for_each(|id| kept[*id as usize] = true);
+                    for (id, features) in ids.iter().zip(&features) {
+                        places[*id as usize] = 0;
+                        if *id == top {
+                            continue;
+                        }
+                        let all = || features.iter().chain(&facts).map(|feature| *feature as usize);
+                        let sum: f64 = all().map(|feature| weights[feature]).sum();
+                        let expected = 1.0 / (1.0 + exp(-sum.clamp(-30.0, 30.0)));
+                        let slope = expected - f64::from(u8::from(kept[*id as usize]));
+                        for feature in all() {
+                            slopes[feature] += slope * slope;
+                            weights[feature] -= rate * slope / (slopes[feature] + 1.0).sqrt();
+                        }
+                    }
+                    row.ids.iter().for_each(|id| kept[*id as usize] = false);
+                }
+                history.row(place, previous, label, row_history(row, shape));
+            }
+        }
+    }
+    let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-2000.0, 2000.0) as i16;
+    weights.iter().map(|weight| fixed(*weight)).collect()
+}
+
+fn row_history<'a>(row: &'a QuantisedRow, shape: &'a RecordShape) -> impl Iterator<Item = (u32, bool)> + 'a {
+    let steps = shape.quantiser.steps;
+    let kind = shape.quantiser.kind;
+    row.ids.iter().zip(&row.levels).map(move |(id, level)| match kind {
+        RowKind::Sampled { .. } => (*id, *level > 1),
+        _ => (*id, *level <= steps && 10 * u32::from(*level) > u32::from(steps)),
+    })
+}
+
+struct Counts(Vec<[u32; 256]>);
+
+impl Sink for Counts {
+    fn symbol(&mut self, context: usize, symbol: u8) {
+        if symbol != ESCAPE {
+            self.0[context][symbol as usize] += 1;
+        }
+    }
+    fn raw(&mut self, _: u32, _: u32) {}
+}
+
+fn tables_of(counts: &[[u32; 256]]) -> Tables {
+    let mut tables = vec![];
+    let mut by_context = vec![0; counts.len()];
+    for (number, start) in context::KINDS.iter().enumerate() {
+        let end = context::KINDS.get(number + 1).copied().unwrap_or(counts.len());
+        let pooled = tables.len() as u16;
+        let mut pool = [0u32; 256];
+        for symbol in 0..256 {
+            pool[symbol] = counts[*start..end].iter().map(|counts| counts[symbol]).sum();
+        }
+        tables.push(Table::from_counts(&pool));
+        for context in *start..end {
+            let total: u64 = counts[context].iter().map(|count| u64::from(*count)).sum();
+            by_context[context] = if total < LEAST_COUNT {
+                pooled
+            } else {
+                tables.push(Table::from_counts(&counts[context]));
+                (tables.len() - 1) as u16
+            };
+        }
+    }
+    Tables::new(tables, by_context)
+}

@@ -1,0 +1,321 @@
+//! What the codec `compact` expects a row to keep, before it has read it: every id that something speaks for, best
+//! first.
+//!
+//! Evidence for an id is additive: how often rows keep it at all; lists of what rows keep after a token, and of what
+//! they keep together with a token; and what earlier rows of the same sequence kept. Each piece of evidence has a
+//! weight in 16ths of a bit of log-odds; their sum says in which bucket of probability an id stands. Whole numbers
+//! only: writer and reader must agree in every bit.
+
+/// Kinds of evidence for single ids; each has a strength from 0 to 15.
+pub(crate) mod evidence {
+    pub const LABEL: usize = 0;
+    pub const FOLLOWS: usize = 1;
+    pub const WITH_LABEL: usize = 2;
+    pub const WITH_TOP: usize = 3;
+    pub const AFTER_SAME: usize = 4;
+    pub const AFTER_OTHER: usize = 5;
+    pub const BEFORE_SAME: usize = 6;
+    pub const PREVIOUS: usize = 7;
+    pub const COMMON: usize = 8;
+    pub const KINDS: usize = 9;
+}
+pub(crate) const STRENGTHS: usize = 16;
+/// Classes of how often rows keep an id.
+pub(crate) const CLASSES: usize = 100;
+/// Facts of a row that move all its ids: see [`Ranker::rank`].
+pub(crate) const FACTS: usize = 8;
+pub(crate) const WEIGHTS: usize = evidence::KINDS * STRENGTHS + CLASSES + FACTS;
+pub(crate) const CLASS_WEIGHTS: usize = evidence::KINDS * STRENGTHS;
+pub(crate) const FACT_WEIGHTS: usize = CLASS_WEIGHTS + CLASSES;
+/// Units of a weight per bit.
+pub(crate) const UNITS: i32 = 16;
+/// The most frequent ids are candidates in every row.
+pub(crate) const COMMON_IDS: usize = 32;
+/// Buckets of half a bit, from odds of 2^-14 up; ids below the first are not candidates.
+pub(crate) const BUCKETS: usize = 40;
+const SORT_BUCKETS: usize = 2 * BUCKETS;
+const LEAST_SCORE: i32 = -13 * UNITS;
+
+/// A whole number as a class (below 124) and the bits that tell it from the others of its class.
+#[inline(always)]
+pub(crate) fn class_of(value: u32) -> (u8, u32) {
+    if value < 8 {
+        return (value as u8, 0);
+    }
+    let exponent = 31 - value.leading_zeros();
+    (8 + 4 * (exponent as u8 - 3) + (value >> (exponent - 2) & 3) as u8, exponent - 2)
+}
+
+/// The smallest number of a class, and the bits that follow it.
+#[inline(always)]
+pub(crate) fn of_class(class: u8) -> (u32, u32) {
+    if class < 8 {
+        return (u32::from(class), 0);
+    }
+    let (exponent, quarter) = (u32::from(class - 8) / 4 + 3, u32::from(class - 8) & 3);
+    ((4 + quarter) << (exponent - 2), exponent - 2)
+}
+pub(crate) const NUMBER_CLASSES: u8 = 124;
+
+/// For each token a list of ids, with the strength of the evidence.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Lists {
+    /// List of token `i`: entries `starts[i]..starts[i + 1]`.
+    pub starts: Vec<u32>,
+    pub ids: Vec<u32>,
+    pub strengths: Vec<u8>,
+}
+
+impl Lists {
+    #[inline(always)]
+    pub(crate) fn of(&self, token: u32) -> (&[u32], &[u8]) {
+        let range = self.starts[token as usize] as usize..self.starts[token as usize + 1] as usize;
+        (&self.ids[range.clone()], &self.strengths[range])
+    }
+}
+
+/// What calibration learned, apart from the frequencies of symbols.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Model {
+    pub vocab_size: usize,
+    /// By id: its class; higher is more frequent.
+    pub classes: Vec<u8>,
+    /// Ids by falling class, rising within a class; and the place of each id there.
+    pub order: Vec<u32>,
+    pub places: Vec<u32>,
+    pub follows: Lists,
+    pub together: Lists,
+    pub weights: Vec<i16>,
+    /// By id: the weight of its class.
+    base: Vec<i32>,
+}
+
+impl Model {
+    /// Takes lists whose entries are in any order.
+    pub(crate) fn new(classes: Vec<u8>, mut follows: Lists, mut together: Lists, weights: Vec<i16>) -> Model {
+        let mut order: Vec<u32> = (0..classes.len() as u32).collect();
+        order.sort_by_key(|id| (std::cmp::Reverse(classes[*id as usize]), *id));
+        let mut places = vec![0; classes.len()];
+        order.iter().enumerate().for_each(|(place, id)| places[*id as usize] = place as u32);
+        let base: Vec<i32> = classes.iter().map(|class| i32::from(weights[CLASS_WEIGHTS + *class as usize])).collect();
+        for (kind, lists) in [(evidence::FOLLOWS, &mut follows), (evidence::WITH_LABEL, &mut together)] {
+            let score =
+                |id: u32, strength: u8| base[id as usize] + i32::from(weights[kind * STRENGTHS + strength as usize]);
+            for token in 0..classes.len() {
+                let range = lists.starts[token] as usize..lists.starts[token + 1] as usize;
+                let mut entries: Vec<(u32, u8)> =
+                    range.clone().map(|place| (lists.ids[place], lists.strengths[place])).collect();
+                entries.sort_by_key(|entry| (-score(entry.0, entry.1), entry.0));
+                for (place, (id, strength)) in range.zip(entries) {
+                    lists.ids[place] = id;
+                    lists.strengths[place] = strength;
+                }
+            }
+        }
+        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base }
+    }
+}
+
+/// The rows of a sequence that were read or written so far.
+pub(crate) struct History {
+    /// By token: one more than the last row that followed it, or predicted it; 0 for none.
+    after: Vec<u32>,
+    before: Vec<u32>,
+    /// By token: one more than the token that followed it last.
+    followers: Vec<u32>,
+    rows: Vec<PastRow>,
+    ids: Vec<u32>,
+    strong: Vec<u8>,
+    seen: Vec<u32>,
+}
+
+pub(crate) struct PastRow {
+    pub label: u32,
+    pub place: usize,
+    start: usize,
+    end: usize,
+}
+
+impl History {
+    pub(crate) fn new(vocab_size: usize) -> Self {
+        let none = || vec![0; vocab_size];
+        let (rows, ids, strong, seen) = Default::default();
+        History { after: none(), before: none(), followers: none(), rows, ids, strong, seen }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        for token in self.seen.drain(..) {
+            self.after[token as usize] = 0;
+            self.before[token as usize] = 0;
+            self.followers[token as usize] = 0;
+        }
+        self.rows.clear();
+        self.ids.clear();
+        self.strong.clear();
+    }
+
+    pub(crate) fn token(&mut self, previous: u32, token: u32) {
+        self.followers[previous as usize] = token + 1;
+        self.seen.push(previous);
+    }
+
+    pub(crate) fn follower(&self, token: u32) -> Option<u32> {
+        self.followers[token as usize].checked_sub(1)
+    }
+
+    /// Row `place` of the sequence keeps these ids, best first.
+    pub(crate) fn row(&mut self, place: usize, previous: u32, label: u32, ids: impl Iterator<Item = (u32, bool)>) {
+        let start = self.ids.len();
+        for (id, strong) in ids {
+            self.ids.push(id);
+            self.strong.push(1 + u8::from(strong));
+        }
+        self.rows.push(PastRow { label, place, start, end: self.ids.len() });
+        self.after[previous as usize] = self.rows.len() as u32;
+        self.before[label as usize] = self.rows.len() as u32;
+        self.seen.push(previous);
+        self.seen.push(label);
+    }
+
+    pub(crate) fn row_after(&self, token: u32) -> Option<&PastRow> {
+        self.rows.get((self.after[token as usize] as usize).wrapping_sub(1))
+    }
+
+    fn row_before(&self, token: u32) -> Option<&PastRow> {
+        self.rows.get((self.before[token as usize] as usize).wrapping_sub(1))
+    }
+
+    pub(crate) fn kept(&self, row: &PastRow) -> &[u32] {
+        &self.ids[row.start..row.end]
+    }
+}
+
+/// What is known of a row when its ids are ranked.
+#[derive(Clone, Copy)]
+pub(crate) struct Known {
+    pub place: usize,
+    pub previous: u32,
+    pub label: u32,
+    pub top: u32,
+}
+
+/// Tells `visit` each piece of evidence (id, kind, strength), and returns the row's facts.
+#[inline(always)]
+pub(crate) fn evidence_of(
+    model: &Model,
+    history: &History,
+    known: Known,
+    mut visit: impl FnMut(u32, usize, u8),
+) -> [bool; FACTS] {
+    let mut facts = [false; FACTS];
+    visit(known.label, evidence::LABEL, 0);
+    let mut list = |lists: &Lists, token: u32, kind: usize| {
+        let (ids, strengths) = lists.of(token);
+        ids.iter().zip(strengths).for_each(|(id, strength)| visit(*id, kind, *strength));
+        !ids.is_empty()
+    };
+    facts[0] = list(&model.follows, known.previous, evidence::FOLLOWS);
+    facts[1] = list(&model.together, known.label, evidence::WITH_LABEL);
+    facts[2] = known.label == known.top;
+    if !facts[2] {
+        facts[3] = list(&model.together, known.top, evidence::WITH_TOP);
+    }
+    let mut past = |row: &PastRow, kind: usize| {
+        let kept = history.ids[row.start..row.end].iter().zip(&history.strong[row.start..row.end]);
+        kept.for_each(|(id, strength)| visit(*id, kind, *strength));
+    };
+    if let Some(row) = history.row_after(known.previous) {
+        let same = row.label == known.label;
+        facts[if same { 4 } else { 5 }] = true;
+        past(row, if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER });
+    }
+    if let Some(row) = history.row_before(known.label) {
+        facts[6] = true;
+        past(row, evidence::BEFORE_SAME);
+    }
+    if let Some(row) = history.rows.last().filter(|row| row.place + 1 == known.place) {
+        facts[7] = true;
+        past(row, evidence::PREVIOUS);
+    }
+    model.order.iter().take(COMMON_IDS).for_each(|id| visit(*id, evidence::COMMON, 0));
+    facts
+}
+
+/// Ranks ids; keeps its room from row to row.
+pub(crate) struct Ranker {
+    /// By id: its score, or [`UNTOUCHED`].
+    scores: Vec<i32>,
+    touched: Vec<u32>,
+    keys: Vec<u8>,
+    /// Candidates, best first, and the bucket of each.
+    pub ranked: Vec<u32>,
+    pub buckets: Vec<u8>,
+}
+
+const UNTOUCHED: i32 = i32::MIN;
+
+impl Ranker {
+    pub(crate) fn new(vocab_size: usize) -> Self {
+        let (keys, ranked, buckets) = Default::default();
+        Ranker { scores: vec![UNTOUCHED; vocab_size], touched: vec![0; 64], keys, ranked, buckets }
+    }
+
+    /// Fills `ranked` with everything that something speaks for, except the top.
+    pub(crate) fn rank(&mut self, model: &Model, history: &History, known: Known) {
+        let Ranker { scores, touched, keys, ranked, buckets } = self;
+        let weights = &model.weights[..CLASS_WEIGHTS];
+        let mut count = 0;
+        // Room for all that may come, so that the innermost step is a plain store.
+        let lists = |lists: &Lists, token: u32| lists.of(token).0.len();
+        let most = 1
+            + COMMON_IDS
+            + lists(&model.follows, known.previous)
+            + lists(&model.together, known.label)
+            + lists(&model.together, known.top)
+            + history.row_after(known.previous).map_or(0, |row| row.end - row.start)
+            + history.row_before(known.label).map_or(0, |row| row.end - row.start)
+            + history.rows.last().map_or(0, |row| row.end - row.start);
+        if touched.len() < most {
+            touched.resize(most, 0);
+        }
+        let facts = evidence_of(model, history, known, |id, kind, strength| {
+            let score = &mut scores[id as usize];
+            let new = *score == UNTOUCHED;
+            touched[count] = id;
+            count += usize::from(new);
+            let before = if new { model.base[id as usize] } else { *score };
+            *score = before + i32::from(weights[kind * STRENGTHS + strength as usize]);
+        });
+        let mut shift = -LEAST_SCORE;
+        for (fact, weight) in facts.iter().zip(&model.weights[FACT_WEIGHTS..]) {
+            shift += if *fact { i32::from(*weight) } else { 0 };
+        }
+        scores[known.top as usize] = i32::MIN / 2;
+        keys.clear();
+        let mut ends = [0u32; SORT_BUCKETS + 1];
+        for id in &touched[..count] {
+            let score = std::mem::replace(&mut scores[*id as usize], UNTOUCHED);
+            // The best bucket comes first; the last of all is for those that are dropped.
+            let bucket = ((score + shift) >> 2).clamp(-1, SORT_BUCKETS as i32 - 1);
+            let key = (SORT_BUCKETS as i32 - 1 - bucket) as usize;
+            keys.push(key as u8);
+            ends[key] += 1;
+        }
+        scores[known.top as usize] = UNTOUCHED;
+        let mut sum = 0;
+        for end in &mut ends {
+            sum += std::mem::replace(end, sum);
+        }
+        let candidates = ends[SORT_BUCKETS] as usize;
+        ranked.resize(count, 0);
+        buckets.resize(count, 0);
+        for (id, key) in touched[..count].iter().zip(keys.iter()) {
+            let place = &mut ends[*key as usize];
+            ranked[*place as usize] = *id;
+            buckets[*place as usize] = (SORT_BUCKETS - 1 - (*key as usize).min(SORT_BUCKETS - 1)) as u8 / 2;
+            *place += 1;
+        }
+        ranked.truncate(candidates);
+        buckets.truncate(candidates);
+    }
+}
