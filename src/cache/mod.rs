@@ -4,30 +4,50 @@
 //! It knows nothing of models, recipes or text: token ids and [`SparseTargets`](crate::targets::SparseTargets) go in
 //! and come out, and nothing is trusted whose hash does not agree.
 //!
-//! - [`CacheWriter`] seals shard after shard and survives being killed at any moment;
-//! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource);
+//! - [`CacheWriter`] seals shard after shard, beside other writers and being killed at any moment;
+//! - [`merge`] makes one cache of parts that were written in several directories;
+//! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource), from a
+//!   directory or any other [`CacheFiles`];
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
+mod blocks;
+mod calibration;
 mod codec;
+mod lease;
 mod manifest;
-mod progress;
+mod merge;
+mod owner;
+mod part;
+#[cfg(test)]
+mod ranked;
 mod raw;
 mod reader;
 mod rows;
+mod sealing;
 mod settings;
 mod shard;
+mod source;
 mod summary;
+mod unfinished;
 mod verify;
 mod writer;
 
+pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
-pub use manifest::{Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, ShardRecord};
-pub use progress::{Position, is_unfinished};
+pub use manifest::{
+    CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
+    ShardRecord,
+};
+pub use merge::merge;
+pub use part::WriterPart;
 pub use reader::CacheReader;
+pub use sealing::{Missing, Outcome};
 pub use settings::{CacheSettings, Selection, SoftTargetSettings, TeacherIdentity, TokenizerIdentity};
+pub use source::{CacheFiles, LocalFiles, ShardSource};
 pub use summary::{CaptureSummary, Part, Summary};
+pub use unfinished::{Position, is_unfinished};
 pub use verify::Verification;
-pub use writer::CacheWriter;
+pub use writer::{CacheWriter, Next};
 
 /// The way out of a damaged cache.
 pub(crate) const DAMAGED: &str = "copy it again from where it was made, or delete the cache directory and run `limbeck precompute-teacher-logits` again";
