@@ -16,6 +16,10 @@ lint:
 test:
     cargo test --workspace
 
+# Kill cache writers a thousand times; `cargo test` does so thirty times
+crash-campaign kills="1000":
+    LIMBECK_TEST_KILLS={{kills}} cargo test --test cache_kill killing_writers -- --nocapture
+
 # The documentation, with warnings as errors
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

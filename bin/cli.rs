@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
+use limbeck::cache::WriterPart;
 
 /// Distil large language models: keep a teacher's soft targets, train students from them
 #[derive(Debug, Parser)]
@@ -37,7 +38,7 @@ pub enum Command {
     /// Run the teacher over the text and keep its soft targets in a cache
     ///
     /// A run that was interrupted picks up where it stopped. A finished cache is left as it is.
-    PrecomputeTeacherLogits(RunArgs),
+    PrecomputeTeacherLogits(PrecomputeArgs),
 
     /// Train a student as a recipe says, and report how it did
     ///
@@ -79,6 +80,16 @@ pub struct RunArgs {
     /// Print the plan and stop
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PrecomputeArgs {
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    /// Fill one part of N of the cache, for N processes that share the work; the last to end finishes the cache
+    #[arg(long, value_name = "I/N", default_value_t = WriterPart::WHOLE)]
+    pub shard: WriterPart,
 }
 
 #[derive(Debug, Args)]

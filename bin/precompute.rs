@@ -1,14 +1,24 @@
-//! `precompute-teacher-logits`: fill the cache of a recipe, and stop.
+//! `precompute-teacher-logits`: fill the cache of a recipe, or one part of it, and stop.
+
+use std::fmt::Write;
 
 use limbeck::Result;
+use limbeck::run::RunOptions;
 
-use crate::cli::RunArgs;
+use crate::cli::PrecomputeArgs;
 use crate::output::print;
 use crate::setup::{recipe_and_options, stop_on_ctrl_c};
 
-pub fn run(args: &RunArgs) -> Result<()> {
-    let (recipe, options) = recipe_and_options(&args.recipe, &args.run)?;
+pub fn run(args: &PrecomputeArgs) -> Result<()> {
+    let (recipe, options) = recipe_and_options(&args.run.recipe, &args.run.run)?;
+    let options = RunOptions { part: args.shard, ..options };
     stop_on_ctrl_c(&options.stop)?;
-    let cache = limbeck::precompute::run(&recipe, &options)?;
-    print(&format!("cache: {}\n", cache.display()))
+    let precomputed = limbeck::precompute::run_part(&recipe, &options)?;
+    let mut text = format!("cache: {}\n", precomputed.cache_dir.display());
+    for (cache, missing) in &precomputed.missing {
+        let part = options.part;
+        writeln!(text, "part {part} is written, other parts are still missing: {}: {missing}", cache.display())
+            .expect("writing to a string");
+    }
+    print(&text)
 }

@@ -25,6 +25,13 @@ pub(crate) fn temporary_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// [`temporary_path`] of one of several writers of the same file: `<path>.<owner>.tmp`.
+pub(crate) fn owned_temporary_path(path: &Path, owner: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{owner}"));
+    temporary_path(Path::new(&name))
+}
+
 /// The name under which a directory is written before it is complete: `<path>.partial-<process>`, beside it.
 pub(crate) fn partial_path(path: &Path) -> Result<PathBuf> {
     sibling(path, PARTIAL)
@@ -58,6 +65,63 @@ fn write_and_sync(temporary: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> R
     fill(&mut writer)?;
     let file = writer.into_inner().map_err(|error| Error::io(temporary)(error.into_error()))?;
     file.sync_all().map_err(Error::io(temporary))
+}
+
+/// Writes a file that no other process may have written first: whole, synced, and linked to a name that is free.
+///
+/// `Ok(false)` when the name is taken; what is there stays.
+pub(crate) fn write_new(path: &Path, owner: &str, bytes: &[u8]) -> Result<bool> {
+    let temporary = owned_temporary_path(path, owner);
+    let written = write_and_sync(&temporary, |writer| writer.write_all(bytes).map_err(Error::io(&temporary)))
+        .and_then(|()| link_new(&temporary, path));
+    // The link keeps the file; after an error the first one is the one to tell.
+    let _ = fs::remove_file(&temporary);
+    if written? {
+        sync_directory(parent(path))?;
+        return Ok(true);
+    }
+    Ok(false)
+}
+
+/// Gives a file a second name, which must be free; `Ok(false)` when it is taken.
+pub(crate) fn link_new(from: &Path, to: &Path) -> Result<bool> {
+    match fs::hard_link(from, to) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        // No hard links here (FAT, some network file systems): as near as a rename comes to it.
+        Err(error) if matches!(error.kind(), ErrorKind::Unsupported | ErrorKind::PermissionDenied) => {
+            if to.exists() {
+                return Ok(false);
+            }
+            fs::rename(from, to).map(|()| true).map_err(Error::io(to))
+        }
+        Err(error) => Err(Error::io(to)(error)),
+    }
+}
+
+/// Removes a file that may be gone already.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Names of the files in a folder, in their order; none when there is no such folder.
+pub(crate) fn file_names(folder: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(vec![]),
+        Err(error) => return Err(Error::io(folder)(error)),
+    };
+    let mut names = vec![];
+    for entry in entries {
+        let entry = entry.map_err(Error::io(folder))?;
+        let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+        names.extend(entry.file_name().into_string().ok().filter(|_| is_file));
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// [`write_file`] of bytes at hand.

@@ -1,12 +1,15 @@
-//! The first driver: text in, caches of packed tokens and soft targets out. Fills only what is missing.
+//! The first driver: text in, caches of packed tokens and soft targets out. Fills only what is missing, alone or as one
+//! of several writers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use burn::tensor::Device;
 
 use crate::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Expectation, SoftTargetSettings, TeacherIdentity, TokenizerIdentity,
+        CacheReader, CacheSettings, CacheWriter, Expectation, Missing, Next, Outcome, SoftTargetSettings,
+        TeacherIdentity, TokenizerIdentity,
     },
     checkpoint::CheckpointReader,
     data::{DataLoader, HeldOut, Position},
@@ -27,27 +30,73 @@ pub struct Caches {
     pub held_out: Option<CacheReader>,
 }
 
+/// What the writing of a part of the caches came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Precomputed {
+    /// The directory that holds the caches.
+    pub cache_dir: PathBuf,
+    /// The caches that lack the parts of other writers, and what they lack; empty when all are finished.
+    pub missing: Vec<(PathBuf, Missing)>,
+}
+
 /// Fills the caches of a recipe. Gives the directory that holds them.
 ///
 /// # Errors
-/// Whatever is wrong with the recipe's files; [`Error::Interrupted`] when asked to stop, with what was sealed kept.
+/// Whatever is wrong with the recipe's files; [`Error::Interrupted`] when asked to stop, with what was sealed kept;
+/// [`Error::File`] when other writers are at work on the caches and have not finished.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
     let mut inputs = Inputs::open(recipe, options)?;
     fill(recipe, &mut inputs, options)?;
     Ok(inputs.plan.cache_dir)
 }
 
+/// Fills one part of the caches of a recipe, [`RunOptions::part`], and finishes them if the other parts are written.
+///
+/// # Errors
+/// As of [`run`], without the last one.
+pub fn run_part(recipe: &Recipe, options: &RunOptions) -> Result<Precomputed> {
+    let mut inputs = Inputs::open(recipe, options)?;
+    let filled = fill_part(recipe, &mut inputs, options)?;
+    let missing = filled.into_iter().filter_map(|(dir, filled)| match filled {
+        Filled::Whole(_) => None,
+        Filled::Part(missing) => Some((dir, missing)),
+    });
+    Ok(Precomputed { missing: missing.collect(), cache_dir: inputs.plan.cache_dir })
+}
+
 /// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
 pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
+    let mut caches = vec![];
+    for (dir, filled) in fill_part(recipe, inputs, options)? {
+        match filled {
+            Filled::Whole(cache) => caches.push(cache),
+            Filled::Part(missing) => {
+                let problem = format!("this cache is unfinished: {missing}");
+                return Err(Error::file(dir, problem, "wait for the other writers, or start those that died again"));
+            }
+        }
+    }
+    let mut caches = caches.into_iter();
+    let train = caches.next().expect("there is always a training side");
+    inputs.plan.set_sequence_count(train.sequence_count())?;
+    Ok(Caches { train, held_out: caches.next() })
+}
+
+/// A cache after this writer's part of it was filled.
+enum Filled {
+    Whole(CacheReader),
+    Part(Missing),
+}
+
+/// Fills this writer's part of the training and, if there is one, the held-out side.
+fn fill_part(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Vec<(PathBuf, Filled)>> {
     // First what costs nothing: the share that is held out may take a reading of all the text, and the teacher's
     // fingerprint one of all its weights.
     inputs.check_text(recipe)?;
     inputs.resolve_held_out()?;
     let mut filler = Filler::new(recipe, inputs, options)?;
-    let train = filler.fill("train")?;
-    let held_out = if inputs.data.held_out.is_none() { None } else { Some(filler.fill("held_out")?) };
-    inputs.plan.set_sequence_count(train.sequence_count())?;
-    Ok(Caches { train, held_out })
+    let splits: &[&str] = if inputs.data.held_out.is_none() { &["train"] } else { &["train", "held_out"] };
+    splits.iter().map(|split| filler.fill(split)).collect()
 }
 
 /// The caches as a finished run left them, without computing anything.
@@ -113,24 +162,22 @@ impl<'a> Filler<'a> {
         }
     }
 
-    fn fill(&mut self, split: &str) -> Result<CacheReader> {
+    fn fill(&mut self, split: &str) -> Result<(PathBuf, Filled)> {
         let dir = self.inputs.plan.cache_dir.join(split);
-        let mut loader = self.loader(split, None)?;
+        let loader = self.loader(split, None)?;
         let settings = self.settings(split, &loader)?;
-        let mut writer = CacheWriter::create_or_resume(&dir, settings)?;
+        let mut writer = CacheWriter::create_or_resume(&dir, settings, self.options.part)?;
         if !writer.is_finished() {
-            let mut sealed = 0;
-            if let Some(position) = writer.position() {
-                sealed = writer.next_sequence() - position.sequence;
-                let position: Position = serde_json::from_value(position.loader.clone())
-                    .map_err(|error| Error::file(&dir, format!("its position cannot be read: {error}"), "delete it"))?;
-                loader = self.loader(split, Some(&position))?;
-            }
-            self.write(split, &mut loader, &mut writer, sealed)?;
+            self.write(split, &dir, loader, &mut writer)?;
         }
-        let manifest = writer.finish()?;
-        tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
-        CacheReader::open(&dir)
+        let filled = match writer.finish_part()? {
+            Outcome::Missing(missing) => Filled::Part(missing),
+            Outcome::Finished(manifest) => {
+                tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
+                Filled::Whole(CacheReader::open(&dir)?)
+            }
+        };
+        Ok((dir, filled))
     }
 
     fn settings(&self, split: &str, loader: &DataLoader) -> Result<CacheSettings> {
@@ -170,54 +217,77 @@ impl<'a> Filler<'a> {
         teacher.max(self.inputs.tokenizer.vocab_size())
     }
 
-    /// Fills the cache from where the loader is. The first `sealed` sequences it gives are in the cache already: the
-    /// batch they began is computed once more as a whole, for a row's last bit may depend on the batch it is in.
-    fn write(&mut self, split: &str, loader: &mut DataLoader, writer: &mut CacheWriter, mut sealed: u64) -> Result<()> {
+    /// Fills this writer's shards. Batches end where shards do, for a row's last bit may depend on the batch it is in.
+    fn write(&mut self, split: &str, dir: &Path, mut loader: DataLoader, writer: &mut CacheWriter) -> Result<()> {
         let seq_len = loader.seq_len() as u64;
         let total = loader.sequence_limit().or_else(|| self.expected()).map(|sequences| sequences * seq_len);
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
         let label = if split == "held_out" { format!("{label}, held out") } else { label.into() };
-        let progress = Progress::new(&label, total, Unit::Tokens);
-        let progress = progress.starting_at(writer.next_sequence() * seq_len);
+        let mut progress = None;
         let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
         let batch = (batch_tokens / seq_len).max(1);
+        // Sequences that the loader has given, or gone past.
+        let mut given = 0;
         loop {
-            if sealed == 0 {
-                writer.set_position(serde_json::to_value(loader.position()).expect("a position is plain data"));
+            if self.options.stop_requested() {
+                return Err(Error::Interrupted { saved: dir.to_path_buf() });
             }
-            let mut sequences: Vec<PackedSequence> = Vec::with_capacity(batch as usize);
-            while (sequences.len() as u64) < batch {
+            let next = match writer.next_push()? {
+                Next::Sequence(number) => number,
+                // Others write what the coder learns from.
+                Next::Wait => {
+                    std::thread::sleep(Duration::from_millis(500));
+                    continue;
+                }
+                Next::Done => break,
+            };
+            if next < given {
+                (loader, given) = (self.loader(split, None)?, 0);
+            }
+            if let Some(position) = writer.position(given, next)? {
+                let saved: Position = serde_json::from_value(position.loader)
+                    .map_err(|error| Error::file(dir, format!("its position cannot be read: {error}"), "delete it"))?;
+                (loader, given) = (self.loader(split, Some(&saved))?, position.sequence);
+            }
+            while given < next && !self.options.stop_requested() && loader.next_sequence()?.is_some() {
+                given += 1;
+            }
+            let progress = progress.get_or_insert_with(|| {
+                Progress::new(&label, total, Unit::Tokens).starting_at(given * seq_len)
+            });
+            if self.options.stop_requested() {
+                continue;
+            }
+            let wanted = if given == next { batch.min(writer.room()) } else { 0 };
+            let mut sequences: Vec<PackedSequence> = Vec::with_capacity(wanted as usize);
+            while (sequences.len() as u64) < wanted {
                 match loader.next_sequence()? {
                     Some(sequence) => sequences.push(sequence),
                     None => break,
                 }
             }
-            if sequences.is_empty() {
-                break;
-            }
             let count = sequences.len() as u64;
-            if count <= sealed {
-                sealed -= count;
-                continue;
-            }
-            let targets: Vec<_> = match &self.soft_targets {
-                Some(_) => {
-                    let first = writer.next_sequence() - sealed;
-                    self.teacher(split)?.targets(&sequences, first)?.into_iter().map(Some).collect()
+            given += count;
+            if count > 0 {
+                writer.set_position(given, serde_json::to_value(loader.position()).expect("a position is plain data"));
+                let targets: Vec<_> = match &self.soft_targets {
+                    Some(_) => self.teacher(split)?.targets(&sequences, next)?.into_iter().map(Some).collect(),
+                    None => vec![None; sequences.len()],
+                };
+                for (sequence, targets) in sequences.into_iter().zip(targets) {
+                    let bytes = self.text_bytes(&sequence);
+                    writer.push(sequence, targets, bytes)?;
                 }
-                None => vec![None; sequences.len()],
-            };
-            for (sequence, targets) in sequences.into_iter().zip(targets).skip(sealed as usize) {
-                let bytes = self.text_bytes(&sequence);
-                writer.push(sequence, targets, bytes)?;
+                progress.advance(count * seq_len);
             }
-            progress.advance((count - sealed) * seq_len);
-            sealed = 0;
-            if self.options.stop_requested() {
-                return Err(Error::Interrupted { saved: self.inputs.plan.cache_dir.join(split) });
+            // Fewer than were asked for, or the loader ended before it came there.
+            if count < wanted || given < next {
+                writer.end(given)?;
             }
         }
-        progress.finish();
+        if let Some(progress) = progress {
+            progress.finish();
+        }
         Ok(())
     }
 

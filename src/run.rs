@@ -1,10 +1,11 @@
 //! What the command line says about a run beside its recipe. Nothing in here changes what a run computes, except the
-//! device it computes on.
+//! device it computes on and how much of the cache is this process's to fill.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::cache::WriterPart;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
 
@@ -15,13 +16,15 @@ pub struct RunOptions {
     pub run_dir: Option<PathBuf>,
     /// `cpu`, `cuda`, `cuda:1`, `wgpu` or `tch`.
     pub device: String,
+    /// Which shards of the caches to fill, when several processes share the work.
+    pub part: WriterPart,
     /// Set from another thread to ask the run to save its state and return [`Error::Interrupted`].
     pub stop: Arc<AtomicBool>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        RunOptions { run_dir: None, device: "cpu".to_string(), stop: Arc::default() }
+        RunOptions { run_dir: None, device: "cpu".to_string(), part: WriterPart::WHOLE, stop: Arc::default() }
     }
 }
 

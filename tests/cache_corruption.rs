@@ -2,10 +2,12 @@
 
 mod cache_samples;
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Error as IoError, ErrorKind};
 use std::panic::catch_unwind;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use cache_samples::*;
 use limbeck::Error;
@@ -27,6 +29,43 @@ fn verify_all(directory: &Path) -> Result<(), Error> {
     CacheReader::open(directory)?.verify().into_result().map(drop)
 }
 
+/// A cache in memory, whose bytes a test changes.
+#[derive(Clone)]
+struct Memory(Arc<Mutex<BTreeMap<String, Vec<u8>>>>);
+
+impl CacheFiles for Memory {
+    fn length(&self, name: &str) -> std::io::Result<Option<u64>> {
+        Ok(self.0.lock().unwrap().get(name).map(|bytes| bytes.len() as u64))
+    }
+
+    fn open(&self, name: &str) -> std::io::Result<Box<dyn ShardSource>> {
+        let bytes = self.0.lock().unwrap().get(name).cloned();
+        Ok(Box::new(bytes.ok_or(IoError::from(ErrorKind::NotFound))?))
+    }
+}
+
+impl Memory {
+    fn of(directory: &Path) -> Memory {
+        Memory(Arc::new(Mutex::new(files(directory))))
+    }
+
+    fn names(&self) -> Vec<(String, usize)> {
+        self.0.lock().unwrap().iter().map(|(name, bytes)| (name.clone(), bytes.len())).collect()
+    }
+
+    fn set(&self, name: &str, bytes: Vec<u8>) {
+        self.0.lock().unwrap().insert(name.into(), bytes);
+    }
+
+    fn flip(&self, name: &str, bit: usize) {
+        self.0.lock().unwrap().get_mut(name).unwrap()[bit / 8] ^= 1 << (bit % 8);
+    }
+
+    fn open_cache(&self) -> Result<CacheReader, Error> {
+        CacheReader::open_from(Box::new(self.clone()), "memory")
+    }
+}
+
 fn edit_manifest(directory: &Path, change: impl FnOnce(&str) -> String) {
     let path = directory.join(MANIFEST_FILE);
     let text = fs::read_to_string(&path).unwrap();
@@ -39,41 +78,144 @@ fn edit_manifest(directory: &Path, change: impl FnOnce(&str) -> String) {
 fn every_flipped_bit_is_found_and_its_file_named() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), &settings(3, 1, &[1.0]), 2);
-    let intact = files(folder.path());
-    assert_eq!(intact.len(), 3);
-    for (name, bytes) in &intact {
-        let path = folder.path().join(name);
-        let mut file = fs::OpenOptions::new().write(true).open(&path).unwrap();
-        let mut put = |place: usize, byte: u8| {
-            file.seek(SeekFrom::Start(place as u64)).unwrap();
-            file.write_all(&[byte]).unwrap();
-        };
-        for bit in 0..bytes.len() * 8 {
-            put(bit / 8, bytes[bit / 8] ^ (1 << (bit % 8)));
-            let error = verify_all(folder.path()).expect_err(&format!("bit {bit} of {name}")).to_string();
+    let memory = Memory::of(folder.path());
+    assert_eq!(memory.names().len(), 3);
+    for (name, length) in memory.names() {
+        for bit in 0..length * 8 {
+            memory.flip(&name, bit);
+            let verified = memory.open_cache().and_then(|cache| cache.verify().into_result().map(drop));
+            let error = verified.expect_err(&format!("bit {bit} of {name}")).to_string();
             assert!(error.contains(name.as_str()), "bit {bit} of {name}: {error}");
-            put(bit / 8, bytes[bit / 8]);
+            // Nobody reads past it either.
+            memory.open_cache().and_then(|cache| cache.read(&[0, 1])).expect_err(&name);
+            memory.flip(&name, bit);
         }
     }
-    verify_all(folder.path()).unwrap();
+    memory.open_cache().unwrap().verify().into_result().unwrap();
 }
 
 #[test]
 fn every_truncation_is_found_and_its_file_named() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), &settings(3, 1, &[1.0]), 2);
+    let memory = Memory::of(folder.path());
     for (name, bytes) in &files(folder.path()) {
-        let path = folder.path().join(name);
         let mut longer = bytes.clone();
         longer.push(b'\n');
         for content in (0..bytes.len()).map(|length| &bytes[..length]).chain([&longer[..]]) {
-            fs::write(&path, content).unwrap();
+            memory.set(name, content.to_vec());
             // Opening is enough: nobody may start to train on it.
-            let error = CacheReader::open(folder.path()).map(drop).expect_err(name).to_string();
+            let error = memory.open_cache().map(drop).expect_err(name).to_string();
             assert!(error.contains(name.as_str()), "{name} of {} bytes: {error}", content.len());
         }
-        fs::write(&path, bytes).unwrap();
+        memory.set(name, bytes.clone());
     }
+    memory.open_cache().unwrap();
+    // The same from a directory, for some lengths: there a file is mapped.
+    for (name, bytes) in &files(folder.path()) {
+        for length in (0..bytes.len()).step_by(101) {
+            fs::write(folder.path().join(name), &bytes[..length]).unwrap();
+            let error = CacheReader::open(folder.path()).map(drop).expect_err(name).to_string();
+            assert!(error.contains(name.as_str()), "{name} of {length} bytes: {error}");
+        }
+        fs::write(folder.path().join(name), bytes).unwrap();
+    }
+}
+
+/// A shard of some blocks: what is damaged is found by whoever touches it, and nobody else.
+#[test]
+fn a_damaged_block_is_named_and_the_sequences_outside_of_it_stay_readable() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &settings(256, 40, &[1.0]), 80);
+    let memory = Memory::of(folder.path());
+    let cache = memory.open_cache().unwrap();
+    let manifest = cache.manifest().clone();
+    let intact: Vec<_> = (0..80).map(|number| cache.read(&[number]).unwrap()).collect();
+    let name = manifest.shards[1].file.as_str();
+    let length = manifest.shards[1].bytes as usize;
+    let blocks = length.div_ceil(BLOCK_BYTES as usize + 32);
+    assert!(blocks >= 4, "{blocks} blocks");
+    let mut found = 0;
+    for block in 0..blocks {
+        let start = block * BLOCK_BYTES as usize;
+        let end = (start + BLOCK_BYTES as usize).min(length - 32 * blocks);
+        for place in [start, start + 1234, end - 1] {
+            memory.flip(name, place * 8 + 3);
+            let cache = memory.open_cache().unwrap();
+            let damage = cache.verify().damage;
+            assert_eq!(damage.len(), 1);
+            let expected = format!("memory: shard {name}: block {block} (bytes {start} to {end}) is damaged: its list ");
+            assert!(damage[0].to_string().starts_with(&expected), "{}", damage[0]);
+            let mut refused = 0;
+            for number in 0..80 {
+                match cache.read(&[number]) {
+                    Err(error) => {
+                        assert!(number >= 40 && error.to_string().starts_with(&expected), "{number}: {error}");
+                        refused += 1;
+                    }
+                    Ok(batch) => assert_eq!(batch.targets, intact[number as usize].targets),
+                }
+            }
+            // All of them lie in some block that is damaged here only when it is that of the header.
+            assert!(block > 0 || refused == 40);
+            found += usize::from(refused > 0 && refused < 40);
+            memory.flip(name, place * 8 + 3);
+        }
+    }
+    assert!(found >= 3, "{found}");
+    for place in [length - 1, length - 32 * blocks] {
+        memory.flip(name, place * 8);
+        let error = memory.open_cache().unwrap().read(&[79]).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("memory: shard {name}: it is damaged: the manifest names the hash ")));
+        memory.flip(name, place * 8);
+    }
+}
+
+/// Bytes that are fetched, and not mapped, and counts how many.
+struct Fetched(Vec<u8>, Arc<Mutex<u64>>);
+
+impl ShardSource for Fetched {
+    fn length(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, range: std::ops::Range<u64>) -> std::io::Result<std::borrow::Cow<'_, [u8]>> {
+        *self.1.lock().unwrap() += range.end - range.start;
+        self.0.read(range).map(|bytes| bytes.into_owned().into())
+    }
+}
+
+struct Remote(BTreeMap<String, Vec<u8>>, Arc<Mutex<u64>>);
+
+impl CacheFiles for Remote {
+    fn length(&self, name: &str) -> std::io::Result<Option<u64>> {
+        Ok(self.0.get(name).map(|bytes| bytes.len() as u64))
+    }
+
+    fn open(&self, name: &str) -> std::io::Result<Box<dyn ShardSource>> {
+        let bytes = self.0.get(name).ok_or(IoError::from(ErrorKind::NotFound))?;
+        Ok(Box::new(Fetched(bytes.clone(), self.1.clone())))
+    }
+}
+
+#[test]
+fn one_sequence_of_a_fetched_cache_costs_its_blocks_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), &settings(256, 400, &[1.0]), 400);
+    let local = CacheReader::open(folder.path()).unwrap();
+    let fetched = Arc::new(Mutex::new(0));
+    let remote = Remote(files(folder.path()), fetched.clone());
+    let remote = CacheReader::open_from(Box::new(remote), "remote").unwrap();
+    let length = local.manifest().shards[0].bytes;
+    assert!(length > 20 * BLOCK_BYTES, "{length}");
+    remote.read(&[0]).unwrap();
+    *fetched.lock().unwrap() = 0;
+    let batch = remote.read(&[300]).unwrap();
+    assert_eq!(batch.targets, local.read(&[300]).unwrap().targets);
+    // Seven tensors, each in one block or at the border of two.
+    let cost = *fetched.lock().unwrap();
+    assert!(cost <= 14 * BLOCK_BYTES, "{cost} of {length} bytes were fetched");
+    remote.verify().into_result().unwrap();
 }
 
 #[test]
@@ -94,16 +236,34 @@ fn the_messages_say_what_is_wrong_and_the_way_out() {
     fs::remove_file(&shard).unwrap();
     assert_eq!(message(), format!("{cache}: shard shards/00001.safetensors: it is missing; {TIP}"));
 
+    // In the list of hashes, which the manifest vouches for.
     let mut flipped = bytes.clone();
     flipped[full - 1] ^= 1;
     fs::write(&shard, &flipped).unwrap();
-    let hash = blake3::hash(&flipped).to_hex();
+    let hash = blake3::hash(&flipped[full - 32..]).to_hex();
     assert_eq!(
         message(),
         format!(
             "{cache}: shard shards/00001.safetensors: it is damaged: the manifest names the hash {}..., its bytes have \
              {}...; {TIP}",
             &manifest.shards[1].blake3[..16],
+            &hash[..16]
+        )
+    );
+
+    // In the only block, which the list vouches for.
+    let mut flipped = bytes.clone();
+    flipped[full - 33] ^= 1;
+    fs::write(&shard, &flipped).unwrap();
+    let listed = blake3::hash(&bytes[..full - 32]).to_hex();
+    let hash = blake3::hash(&flipped[..full - 32]).to_hex();
+    assert_eq!(
+        message(),
+        format!(
+            "{cache}: shard shards/00001.safetensors: block 0 (bytes 0 to {}) is damaged: its list names the hash {}..., the \
+             bytes have {}...; {TIP}",
+            full - 32,
+            &listed[..16],
             &hash[..16]
         )
     );
@@ -165,9 +325,9 @@ fn an_edited_manifest_with_a_root_that_agrees_must_still_make_sense() {
     let intact = files(folder.path());
     for (from, to, expected) in [
         ("\"k\": 4", "\"k\": 51", "the selection top_k has a k that is 51, but the teacher's vocabulary has 50 tokens"),
-        ("\"k\": 4", "\"l\": 4", "it is not a manifest of format version 1: unknown field `l`"),
-        ("\"split\"", "\"spilt\"", "it is not a manifest of format version 1: unknown field `spilt`"),
-        ("\"raw\"", "\"cooked\"", "it is not a manifest of format version 1: unknown variant `cooked`"),
+        ("\"k\": 4", "\"l\": 4", "it is not a manifest of format version 2: unknown field `l`"),
+        ("\"split\"", "\"spilt\"", "it is not a manifest of format version 2: unknown field `spilt`"),
+        ("\"raw\"", "\"cooked\"", "it is not a manifest of format version 2: unknown variant `cooked`"),
         ("\"sequences\": 3", "\"sequences\": 4", "its counts are not the sum of its shards' counts"),
         ("\"first_sequence\": 2", "\"first_sequence\": 1", "`shards/00001.safetensors` starts with sequence 1, not 2"),
         ("shards/00001", "../../00001", "shard 1 is called `../../00001.safetensors`, not `shards/00001.safetensors`"),
@@ -183,9 +343,20 @@ fn an_edited_manifest_with_a_root_that_agrees_must_still_make_sense() {
             "its format is `another thing`, not `limbeck soft-target cache`",
         ),
         (
-            "\"format_version\": 1",
             "\"format_version\": 2",
-            "the cache is of format version 2, this program reads version 1; read it with the limbeck that wrote it, or",
+            "\"format_version\": 3",
+            "the cache is of format version 3, this program reads 1 and 2; read it with the limbeck that wrote it, or",
+        ),
+        (
+            "\"coder\": null",
+            "\"coder\": { \"file\": \"coder.safetensors\", \"bytes\": 1, \"blake3\": \"\" }",
+            "it names `coder.safetensors`, but its codec `raw` has none",
+        ),
+        (
+            "\"error\": null",
+            "\"error\": { \"rows\": 1, \"kl_sum\": 0.0, \"kl_max\": 0.0, \"squared_error\": 0.0, \"squared_norm\": 0.0, \
+             \"log_max\": 0.0 }",
+            "its error is not the sum of its shards' errors",
         ),
     ] {
         edit_manifest(folder.path(), |text| reseal(&text.replacen(from, to, 1)));
@@ -197,6 +368,7 @@ fn an_edited_manifest_with_a_root_that_agrees_must_still_make_sense() {
     for (from, to, expected) in [
         ("\"seq_len\": 3", "\"seq_len\": 4", "tensor `offsets` is U64 [7], the manifest implies U64 [9]"),
         ("1.0\n", "1.0,\n        2.0\n", "tensor `log_probs.1` is missing"),
+        ("\"format_version\": 2", "\"format_version\": 1", "it is damaged: the manifest names the hash "),
         ("\"vocab_size\": 50", "\"vocab_size\": 5", "outside the vocabulary of 5"),
     ] {
         edit_manifest(folder.path(), |text| reseal(&text.replacen(from, to, 1)));
@@ -214,23 +386,26 @@ fn a_forged_shard_is_an_error_or_readable_and_never_a_panic() {
     let path = folder.path().join("shards/00000.safetensors");
     let bytes = fs::read(&path).unwrap();
     let text = fs::read_to_string(folder.path().join(MANIFEST_FILE)).unwrap();
-    let forge = |content: &[u8]| {
-        fs::write(&path, content).unwrap();
-        let text = text.replace(&manifest.shards[0].blake3, blake3::hash(content).to_hex().as_str());
+    let forge = |data: &[u8]| {
+        let list: Vec<u8> = data.chunks(BLOCK_BYTES as usize).flat_map(|block| *blake3::hash(block).as_bytes()).collect();
+        let content = [data, &list].concat();
+        fs::write(&path, &content).unwrap();
+        let text = text.replace(&manifest.shards[0].blake3, blake3::hash(&list).to_hex().as_str());
         let text = text.replace(&format!("\"bytes\": {}", bytes.len()), &format!("\"bytes\": {}", content.len()));
         fs::write(folder.path().join(MANIFEST_FILE), reseal(&text)).unwrap();
-        catch_unwind(|| read_all(folder.path())).expect("reading panicked")
+        catch_unwind(|| read_all(folder.path()).and_then(|()| verify_all(folder.path()))).expect("reading panicked")
     };
-    forge(&bytes).unwrap();
+    let data = &bytes[..bytes.len() - 32];
+    forge(data).unwrap();
     let mut refused = 0;
-    for bit in 0..bytes.len() * 8 {
-        let mut content = bytes.clone();
+    for bit in 0..data.len() * 8 {
+        let mut content = data.to_vec();
         content[bit / 8] ^= 1 << (bit % 8);
         refused += usize::from(forge(&content).is_err());
     }
     assert!(refused > 1000, "almost no forged header or offset was refused ({refused})");
-    for length in (0..bytes.len()).step_by(5) {
-        forge(&bytes[..length]).unwrap_err();
+    for length in (0..data.len()).step_by(5) {
+        forge(&data[..length]).unwrap_err();
     }
     // Headers that promise absurd sizes.
     for header in [
@@ -271,7 +446,7 @@ fn what_is_not_a_finished_cache_says_what_it_is() {
     );
     assert_eq!(message(), nothing);
     let settings = settings(3, 2, &[1.0]);
-    let mut writer = CacheWriter::create_or_resume(&path, settings.clone()).unwrap();
+    let mut writer = open(&path, &settings);
     for number in 0..3 {
         let (sequence, targets, text_bytes) = sample(&settings, number);
         writer.push(sequence, targets, text_bytes).unwrap();

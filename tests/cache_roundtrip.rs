@@ -24,7 +24,7 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let settings = settings(seq_len, per_shard, &temperatures);
-        let mut writer = CacheWriter::create_or_resume(folder.path(), settings.clone()).unwrap();
+        let mut writer = CacheWriter::create_or_resume(folder.path(), settings.clone(), WriterPart::WHOLE).unwrap();
         let samples: Vec<_> = (0..count).map(|number| sample(&settings, seed + number)).collect();
         for (sequence, targets, text_bytes) in samples.clone() {
             writer.push(sequence, targets, text_bytes).unwrap();
@@ -89,7 +89,7 @@ fn shards_are_plain_safetensors_files() {
 #[test]
 fn rows_that_predict_nothing_carry_zeros() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(2, 1, &[1.0])).unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(2, 1, &[1.0]), WriterPart::WHOLE).unwrap();
     let sequence = PackedSequence { tokens: vec![1, 2, 3], segments: vec![0, 0, 1] };
     let capture = Capture {
         temperature: 1.0,
@@ -149,7 +149,7 @@ fn what_no_cache_may_hold_is_refused_by_sequence_and_row() {
             targets.captures[0].log_probs = vec![-1.0; 5];
         }),
     ];
-    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(2, 2, &[1.0])).unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(2, 2, &[1.0]), WriterPart::WHOLE).unwrap();
     let (sequence, targets) = good();
     writer.push(sequence, Some(targets), 1).unwrap();
     for (expected, change) in cases {
@@ -158,7 +158,7 @@ fn what_no_cache_may_hold_is_refused_by_sequence_and_row() {
         let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
         let tip = "correct what makes the sequences; nothing of this one was written";
         assert_eq!(error, format!("{directory}: sequence 1 cannot be stored: {expected}; {tip}"));
-        assert_eq!(writer.next_sequence(), 1);
+        assert_eq!(writer.next_push().unwrap(), Next::Sequence(1));
     }
     let not_finite: [(&str, Change); 4] = [
         ("log_probs.0 of row 0, id 8 (NaN)", |_, targets| targets.captures[0].log_probs[1] = f32::NAN),
@@ -184,7 +184,7 @@ fn what_no_cache_may_hold_is_refused_by_sequence_and_row() {
 #[test]
 fn a_cache_of_nothing_is_refused() {
     let folder = tempfile::tempdir().unwrap();
-    let writer = CacheWriter::create_or_resume(folder.path(), settings(2, 2, &[])).unwrap();
+    let writer = CacheWriter::create_or_resume(folder.path(), settings(2, 2, &[]), WriterPart::WHOLE).unwrap();
     let expected = format!(
         "{}: the cache would hold no sequence; give more text, or a shorter [data] seq_len",
         folder.path().display()
@@ -299,7 +299,7 @@ fn a_cache_that_is_not_the_wanted_one_is_refused_naming_both_sides() {
 #[test]
 fn the_summary_counts_what_is_there() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(4, 2, &[1.0])).unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path(), settings(4, 2, &[1.0]), WriterPart::WHOLE).unwrap();
     // Two sequences: rows with (1/2, 1/4 | tail 1/4), (1 | tail 0), none kept, and one across documents.
     let (half, quarter) = (0.5f32.ln(), 0.25f32.ln());
     for number in 0..2 {

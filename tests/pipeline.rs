@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use burn::tensor::Device;
 use limbeck::Error;
-use limbeck::cache::CacheReader;
+use limbeck::cache::{CacheReader, WriterPart};
 use limbeck::checkpoint::{CheckpointReader, checkpoint_dir};
 use limbeck::eval::report::{Report, Role};
 use limbeck::models::{Decoder, TokenLayout};
@@ -336,6 +336,51 @@ fn drawn_targets_train_a_student_and_held_out_text_keeps_the_likeliest() {
     let differing = one.iter().zip(&other).filter(|(one, other)| one != other).count();
     // A logit's last bit may depend on the batch, and with it an id that a draw only just falls on.
     assert!(one.len() == other.len() && one.len() > 3000 && differing * 50 < one.len(), "{differing} rows differ");
+}
+
+#[test]
+fn parts_of_a_precompute_give_the_bytes_of_one_and_the_last_to_end_finishes() {
+    let small = SmallRun::new();
+    let recipe = small.recipe(&["data.tokens=1500", "cache.sequences_per_shard=4", "teacher.batch_tokens=96"]);
+    let expected = files(&precompute::run(&recipe, &small.options("alone")).unwrap());
+    for count in [2, 3] {
+        let name = format!("shared by {count}");
+        let parts: Vec<_> = (0..count)
+            .map(|index| RunOptions { part: WriterPart::new(index, count).unwrap(), ..small.options(&name) })
+            .collect();
+        // The last part first, then all at once.
+        let ended = precompute::run_part(&recipe, &parts[count as usize - 1]).unwrap();
+        assert_eq!(ended.missing.len(), 2, "{:?}", ended.missing);
+        thread::scope(|scope| {
+            let runs: Vec<_> =
+                parts.iter().map(|options| scope.spawn(|| precompute::run_part(&recipe, options).unwrap())).collect();
+            runs.into_iter().for_each(|run| drop(run.join().unwrap()));
+        });
+        let cache_dir = precompute::run(&recipe, &small.options(&name)).unwrap();
+        assert!(files(&cache_dir) == expected, "{count} parts");
+    }
+
+    // From the command line.
+    let directory = small.path("by hand");
+    let run = |part: &str| {
+        let arguments = ["precompute-teacher-logits", small.path("recipe.toml").to_str().unwrap(), "--run-dir"]
+            .map(|argument| argument.to_string().into());
+        let mut arguments: Vec<std::ffi::OsString> = arguments.to_vec();
+        arguments.push(directory.clone().into());
+        let rest = ["--shard", part, "--quiet", "--set", "data.tokens=1500", "--set", "cache.sequences_per_shard=4"];
+        arguments.extend(rest.map(Into::into));
+        limbeck(&arguments.iter().map(|argument| argument.as_os_str()).collect::<Vec<_>>())
+    };
+    let (cache, outcome) = (directory.join("cache"), run("2/2"));
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
+    let first = format!("cache: {}\npart 2/2 is written, other parts are still missing: ", cache.display());
+    assert!(outcome.stdout.starts_with(&first), "{}", outcome.stdout);
+    assert!(outcome.stdout.contains(" shards are missing (0, 2, 4, ...)\n"), "{}", outcome.stdout);
+    assert_eq!(run("1/2").stdout, format!("cache: {}\n", cache.display()));
+    assert!(files(&cache) == expected);
+    let outcome = run("3/2");
+    assert_eq!((outcome.code, outcome.stdout.as_str()), (2, ""));
+    assert!(outcome.stderr.contains("there is no part 3 of 2; parts are 1/N, 2/N, and so on to N/N"));
 }
 
 /// Asks the run to stop as soon as it has sealed one more shard.

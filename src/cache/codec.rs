@@ -1,11 +1,15 @@
 //! How the content of a shard becomes tensors and back. One variant and one file per codec; the rest of the cache
 //! only sees a [`Block`] go in and a [`Block`] come out.
+//!
+//! A codec that learns from the data says so by [`Codec::calibration_tokens`]. It is given that much of the beginning
+//! of the data, in the order of the sequences, and makes a file of tables of it, the [`Coder`]; the same data must give
+//! the same bytes. [`calibration`](super::calibration) sees to the rest.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::manifest::ShardRecord;
+use super::manifest::{QuantiserError, ShardRecord};
 use super::raw;
 use super::settings::CacheSettings;
 use super::shard::{TensorBytes, TensorIndex, Tensors};
@@ -19,6 +23,9 @@ pub enum Codec {
     /// 32-bit ids and 32-bit log-probabilities: exact, and large.
     #[default]
     Raw,
+    /// `raw` with ids in the order of how often they are kept: a codec that learns, in little.
+    #[cfg(test)]
+    Ranked,
 }
 
 /// Some sequences in a row, with their targets: what a shard holds, or a part of it.
@@ -30,6 +37,17 @@ pub(crate) struct Block {
     pub segments: Vec<u32>,
     /// `sequences * seq_len` rows.
     pub targets: Option<SparseTargets>,
+}
+
+impl Block {
+    /// No sequences yet, of a cache with these settings.
+    pub(crate) fn empty(settings: &CacheSettings) -> Block {
+        let targets = settings.soft_targets.as_ref().map(|soft| SparseTargets {
+            kind: soft.selection.kind(),
+            ..SparseTargets::empty(&soft.temperatures)
+        });
+        Block { tokens: vec![], segments: vec![], targets }
+    }
 }
 
 /// The sizes of a shard that the manifest implies; what a codec needs to know beside the tensors.
@@ -62,31 +80,110 @@ impl Shape {
     }
 }
 
+/// What a codec learnt from the data, ready for use.
+#[derive(Debug, Clone)]
+pub(crate) enum Coder {
+    #[cfg(test)]
+    Ranked(super::ranked::Ranks),
+}
+
+/// A shard's content as tensors.
+pub(crate) struct Encoded<'a> {
+    /// In the order of their bytes.
+    pub tensors: Vec<TensorBytes<'a>>,
+    /// What quantising did; `None` where nothing was rounded.
+    pub error: Option<QuantiserError>,
+}
+
 impl Codec {
     pub fn name(self) -> &'static str {
         match self {
             Codec::Raw => "raw",
+            #[cfg(test)]
+            Codec::Ranked => "ranked",
         }
     }
 
-    /// The tensors of a shard, in the order of their bytes.
-    pub(crate) fn encode<'a>(self, block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>> {
+    /// How many tokens it learns from before it encodes anything; `None` if it has nothing to learn.
+    pub(crate) fn calibration_tokens(self) -> Option<u64> {
         match self {
-            Codec::Raw => raw::encode(block, shape),
+            Codec::Raw => None,
+            #[cfg(test)]
+            Codec::Ranked => Some(30),
         }
     }
 
-    /// Whether a shard has the tensors it must have and their offsets can be followed. Once per shard, after its hash.
-    pub(crate) fn check(self, index: &TensorIndex, tensors: &Tensors<'_>, shape: &Shape) -> Result<(), String> {
+    /// The bytes of `coder.safetensors`, learnt from the blocks of the first shards, given in their order.
+    ///
+    /// Called only if [`calibration_tokens`](Self::calibration_tokens) says so. Equal blocks must give equal bytes.
+    pub(crate) fn learn(
+        self,
+        settings: &CacheSettings,
+        blocks: &mut dyn Iterator<Item = Result<Block>>,
+    ) -> Result<Vec<u8>> {
+        let _ = (settings, &blocks);
         match self {
-            Codec::Raw => raw::check(index, tensors, shape),
+            Codec::Raw => unreachable!("it says that it has nothing to learn"),
+            #[cfg(test)]
+            Codec::Ranked => super::ranked::learn(settings, blocks),
         }
     }
 
-    /// Sequences `range` of a shard, in time that does not depend on the size of the shard.
-    pub(crate) fn decode(self, tensors: &Tensors<'_>, shape: &Shape, range: Range<usize>) -> Result<Block, String> {
+    /// Reads what [`learn`](Self::learn) wrote. The hash of the bytes agreed; what is wrong with them all the same is
+    /// said in the error.
+    pub(crate) fn read_coder(self, settings: &CacheSettings, bytes: &[u8]) -> Result<Coder, String> {
+        let _ = (settings, bytes);
         match self {
-            Codec::Raw => raw::decode(tensors, shape, range),
+            Codec::Raw => Err("the codec `raw` has no coder".into()),
+            #[cfg(test)]
+            Codec::Ranked => super::ranked::read(settings, bytes).map(Coder::Ranked),
+        }
+    }
+
+    /// The tensors of a shard.
+    pub(crate) fn encode<'a>(self, block: &'a Block, shape: &Shape, coder: Option<&Coder>) -> Encoded<'a> {
+        let _ = coder;
+        match self {
+            Codec::Raw => Encoded { tensors: raw::encode(block, shape), error: None },
+            #[cfg(test)]
+            Codec::Ranked => super::ranked::encode(block, shape, coder),
+        }
+    }
+
+    /// Whether a shard has the tensors it must have, by its header alone. Once per shard, when it is opened.
+    pub(crate) fn check(self, index: &TensorIndex, shape: &Shape) -> Result<(), String> {
+        match self {
+            Codec::Raw => raw::check(index, shape),
+            #[cfg(test)]
+            Codec::Ranked => raw::check(index, shape),
+        }
+    }
+
+    /// Whether the content of a shard makes sense throughout, after every block was checked.
+    pub(crate) fn verify(self, tensors: &Tensors<'_>, shape: &Shape, coder: Option<&Coder>) -> Result<(), String> {
+        let _ = coder;
+        match self {
+            Codec::Raw => raw::verify(tensors, shape),
+            #[cfg(test)]
+            Codec::Ranked => raw::verify(tensors, shape),
+        }
+    }
+
+    /// Appends sequences `range` of a shard to `into`, in time that does not depend on the size of the shard. After an
+    /// error `into` may hold a part of them.
+    pub(crate) fn decode(
+        self,
+        tensors: &Tensors<'_>,
+        shape: &Shape,
+        coder: Option<&Coder>,
+        range: Range<usize>,
+        into: &mut Block,
+    ) -> Result<(), String> {
+        let _ = coder;
+        match self {
+            Codec::Raw => raw::decode(tensors, shape, range, into),
+            #[cfg(test)]
+            Codec::Ranked => super::ranked::decode(tensors, shape, coder, range, into),
         }
     }
 }

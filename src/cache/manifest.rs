@@ -1,6 +1,6 @@
 //! `manifest.json`: what a finished cache is, what it holds, and the hash of every byte of it.
 
-use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -8,13 +8,20 @@ use serde::{Deserialize, Serialize};
 use super::DAMAGED;
 use super::settings::{CacheSettings, Selection};
 use super::shard;
+use super::source::{CacheFiles, LocalFiles, read_whole};
 use crate::durable;
 use crate::error::{Error, Result};
 
 /// Name of the manifest in a cache directory.
 pub const MANIFEST_FILE: &str = "manifest.json";
-/// The version of the layout that this program writes, and the only one it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The version of the layout that this program writes.
+pub const FORMAT_VERSION: u32 = 2;
+/// The oldest version that this program reads.
+pub const OLDEST_VERSION: u32 = 1;
+/// Longest manifest that is read into memory; a record of a shard takes less than a thousandth of it.
+const MOST_BYTES: u64 = 1 << 30;
+/// Name of the file with what a codec learnt from the data.
+pub(crate) const CODER_FILE: &str = "coder.safetensors";
 pub(crate) const FORMAT: &str = "limbeck soft-target cache";
 pub(crate) const PROGRAM: &str = concat!("limbeck ", env!("CARGO_PKG_VERSION"));
 /// What follows the root hash, which is the last value of the file.
@@ -30,8 +37,14 @@ pub struct Manifest {
     /// Name and version of the program that wrote it.
     pub program: String,
     pub settings: CacheSettings,
+    /// The tables of a codec that learns from the data.
+    #[serde(default)]
+    pub coder: Option<CoderRecord>,
     /// Of all shards together.
     pub counts: Counts,
+    /// What quantising did to all shards together; `None` with a codec that is exact.
+    #[serde(default)]
+    pub error: Option<QuantiserError>,
     pub shards: Vec<ShardRecord>,
     /// BLAKE3 of every byte of the file before this value: the name of the whole cache's content.
     pub root: String,
@@ -40,8 +53,27 @@ pub struct Manifest {
     pub directory: PathBuf,
 }
 
-/// One sealed shard.
+/// The file that holds what a codec learnt from the data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoderRecord {
+    /// Relative to the cache directory.
+    pub file: String,
+    /// Length of the file.
+    pub bytes: u64,
+    /// Hash of the whole file.
+    pub blake3: String,
+}
+
+impl CoderRecord {
+    pub(crate) fn of(bytes: &[u8]) -> CoderRecord {
+        let blake3 = blake3::hash(bytes).to_hex().to_string();
+        CoderRecord { file: CODER_FILE.into(), bytes: bytes.len() as u64, blake3 }
+    }
+}
+
+/// One sealed shard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShardRecord {
     /// Relative to the cache directory.
@@ -49,9 +81,12 @@ pub struct ShardRecord {
     pub first_sequence: u64,
     /// Length of the file.
     pub bytes: u64,
-    /// Hash of the whole file.
+    /// Hash of its list of block hashes; in version 1, of the whole file.
     pub blake3: String,
     pub counts: Counts,
+    /// What quantising did to it; `None` with a codec that is exact.
+    #[serde(default)]
+    pub error: Option<QuantiserError>,
 }
 
 /// How much a shard or a cache holds.
@@ -82,6 +117,36 @@ impl Counts {
     }
 }
 
+/// How far what is stored is from what the teacher gave: sums and maxima over valid rows and temperatures.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantiserError {
+    /// Rows times temperatures that were measured.
+    pub rows: u64,
+    /// Divergence of the stored from the given distribution over kept ids and tail, in nats: sum and largest.
+    pub kl_sum: f64,
+    pub kl_max: f64,
+    /// Of the kept probabilities: sum of the squares of their errors, and of their own squares.
+    pub squared_error: f64,
+    pub squared_norm: f64,
+    /// Largest difference of a log tail or of a label's log-probability.
+    pub log_max: f64,
+}
+
+impl QuantiserError {
+    /// Of both together. Sums of floats depend on their order: add shards in theirs.
+    pub fn add(self, other: QuantiserError) -> QuantiserError {
+        QuantiserError {
+            rows: self.rows.saturating_add(other.rows),
+            kl_sum: self.kl_sum + other.kl_sum,
+            kl_max: self.kl_max.max(other.kl_max),
+            squared_error: self.squared_error + other.squared_error,
+            squared_norm: self.squared_norm + other.squared_norm,
+            log_max: self.log_max.max(other.log_max),
+        }
+    }
+}
+
 /// What a reader wants of a cache; what is `None` (or empty, or false) is not asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Expectation {
@@ -100,7 +165,12 @@ pub struct Expectation {
 
 impl Manifest {
     /// The manifest of sealed shards; `root` is computed.
-    pub(crate) fn new(directory: &Path, settings: CacheSettings, shards: Vec<ShardRecord>) -> Result<Manifest> {
+    pub(crate) fn new(
+        directory: &Path,
+        settings: CacheSettings,
+        coder: Option<CoderRecord>,
+        shards: Vec<ShardRecord>,
+    ) -> Result<Manifest> {
         let counts = total(&shards).ok_or_else(|| {
             Error::file(directory, "the counts of its shards leave 64 bits", "split the data over several caches")
         })?;
@@ -109,7 +179,9 @@ impl Manifest {
             format_version: FORMAT_VERSION,
             program: PROGRAM.into(),
             settings,
+            coder,
             counts,
+            error: total_error(&shards),
             shards,
             root: String::new(),
             directory: directory.to_path_buf(),
@@ -126,12 +198,12 @@ impl Manifest {
         bytes
     }
 
-    /// Writes the file: to a temporary name, synced, renamed.
-    pub(crate) fn save(&self) -> Result<()> {
+    /// Writes the file: to a temporary name, synced, renamed. Whoever does it writes the same bytes.
+    pub(crate) fn save(&self, owner: &str) -> Result<()> {
         let mut bytes = self.bytes_before_root();
         bytes.extend_from_slice(self.root.as_bytes());
         bytes.extend_from_slice(AFTER_ROOT);
-        durable::write_bytes(&self.directory.join(MANIFEST_FILE), &bytes)
+        durable::write_new(&self.directory.join(MANIFEST_FILE), owner, &bytes).map(drop)
     }
 
     /// Reads and checks the manifest of the cache in `directory`, without looking at its shards.
@@ -140,37 +212,38 @@ impl Manifest {
     /// [`Error::File`] when there is none, when the cache is unfinished, when it is of another version, or when
     /// anything in it was changed.
     pub fn load(directory: impl AsRef<Path>) -> Result<Manifest> {
-        let directory = directory.as_ref();
+        Manifest::load_from(&LocalFiles::new(&directory), directory.as_ref())
+    }
+
+    /// [`load`](Self::load) from anywhere; `directory` is how messages call it.
+    ///
+    /// # Errors
+    /// As of [`load`](Self::load).
+    pub fn load_from(files: &dyn CacheFiles, directory: &Path) -> Result<Manifest> {
         let path = directory.join(MANIFEST_FILE);
-        if !path.is_file() {
-            return Err(if super::progress::is_unfinished(directory) {
-                Error::file(
-                    directory,
-                    "this cache is unfinished",
-                    "run `limbeck precompute-teacher-logits` again with the same recipe; it continues where it stopped",
-                )
-            } else {
-                Error::file(
-                    directory,
-                    "there is no cache here (no manifest.json)",
-                    "check the path, or run `limbeck precompute-teacher-logits` to make one",
-                )
-            });
-        }
-        let bytes = fs::read(&path).map_err(Error::io(&path))?;
-        let damaged = |problem: String| Error::file(&path, problem, DAMAGED);
+        let bytes = match read_whole(files, MANIFEST_FILE, MOST_BYTES) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&path)(error)),
+            Err(_) => return Err(missing(directory)),
+        };
+        Manifest::parse(&bytes, directory, &path)
+    }
+
+    fn parse(bytes: &[u8], directory: &Path, path: &Path) -> Result<Manifest> {
+        let damaged = |problem: String| Error::file(path, problem, DAMAGED);
 
         #[derive(Deserialize)]
         struct Version {
             format_version: u32,
         }
         // First the version, so that a newer cache is called newer and not damaged.
-        if let Ok(Version { format_version }) = serde_json::from_slice(&bytes)
-            && format_version != FORMAT_VERSION
+        let version = serde_json::from_slice(bytes).map(|Version { format_version }| format_version);
+        if let Ok(version) = version
+            && !(OLDEST_VERSION..=FORMAT_VERSION).contains(&version)
         {
             return Err(Error::file(
-                &path,
-                format!("the cache is of format version {format_version}, this program reads version {FORMAT_VERSION}"),
+                path,
+                format!("the cache is of format version {version}, this program reads 1 and {FORMAT_VERSION}"),
                 "read it with the limbeck that wrote it, or precompute it again with this one",
             ));
         }
@@ -189,8 +262,9 @@ impl Manifest {
                 short(&actual)
             )));
         }
-        let mut manifest: Manifest = serde_json::from_slice(&bytes)
-            .map_err(|error| damaged(format!("it is not a manifest of format version {FORMAT_VERSION}: {error}")))?;
+        let version = version.unwrap_or(FORMAT_VERSION);
+        let mut manifest: Manifest = serde_json::from_slice(bytes)
+            .map_err(|error| damaged(format!("it is not a manifest of format version {version}: {error}")))?;
         manifest.directory = directory.to_path_buf();
         manifest.check().map_err(damaged)?;
         Ok(manifest)
@@ -206,7 +280,20 @@ impl Manifest {
         if total(&self.shards) != Some(self.counts) {
             return Err("its counts are not the sum of its shards' counts".into());
         }
-        Ok(())
+        if total_error(&self.shards) != self.error {
+            return Err("its error is not the sum of its shards' errors".into());
+        }
+        let learns = self.settings.codec.calibration_tokens().is_some();
+        match &self.coder {
+            Some(coder) if !learns => {
+                Err(format!("it names `{}`, but its codec `{}` has none", coder.file, self.settings.codec.name()))
+            }
+            None if learns => Err(format!("it names no coder, but its codec is `{}`", self.settings.codec.name())),
+            Some(coder) if coder.file != CODER_FILE => {
+                Err(format!("its coder is called `{}`, not `{CODER_FILE}`", coder.file))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether this is the cache that is wanted.
@@ -302,6 +389,23 @@ impl Manifest {
     }
 }
 
+fn missing(directory: &Path) -> Error {
+    if super::unfinished::is_unfinished(directory) {
+        let again = "run `limbeck precompute-teacher-logits` again with the same recipe; it continues where it stopped";
+        return Error::file(directory, "this cache is unfinished", again);
+    }
+    Error::file(
+        directory,
+        "there is no cache here (no manifest.json)",
+        "check the path, or run `limbeck precompute-teacher-logits` to make one",
+    )
+}
+
+/// Sum of the shards' errors, in their order; `None` when none has one.
+pub(crate) fn total_error(shards: &[ShardRecord]) -> Option<QuantiserError> {
+    shards.iter().filter_map(|shard| shard.error).reduce(QuantiserError::add)
+}
+
 /// Sum of the shards' counts; `None` when it leaves 64 bits.
 pub(crate) fn total(shards: &[ShardRecord]) -> Option<Counts> {
     shards.iter().try_fold(Counts::default(), |sum, shard| sum.checked_add(shard.counts))
@@ -311,7 +415,7 @@ pub(crate) fn total(shards: &[ShardRecord]) -> Option<Counts> {
 pub(crate) fn check_records(shards: &[ShardRecord], settings: &CacheSettings) -> std::result::Result<(), String> {
     let full = settings.sequences_per_shard as u64;
     for (number, record) in shards.iter().enumerate() {
-        let name = shard::file_name(number);
+        let name = shard::file_name(number as u64);
         let sequences = record.counts.sequences;
         let rows = sequences.checked_mul(settings.seq_len as u64);
         if record.file != name {

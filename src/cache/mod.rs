@@ -4,54 +4,63 @@
 //! It knows nothing of models, recipes or text: token ids and [`SparseTargets`](crate::targets::SparseTargets) go in
 //! and come out, and nothing is trusted whose hash does not agree.
 //!
-//! - [`CacheWriter`] seals shard after shard and survives being killed at any moment;
-//! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource);
+//! - [`CacheWriter`] seals shard after shard, beside other writers and being killed at any moment;
+//! - [`merge`] makes one cache of parts that were written in several directories;
+//! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource), from a
+//!   directory or any other [`CacheFiles`];
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod bits;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
+mod blocks;
 mod calibrate;
+mod calibration;
 mod codec;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod coder;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod compact;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod exact_math;
+mod lease;
 mod manifest;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
+mod merge;
 mod model;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
+mod owner;
 mod packed;
-mod progress;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
+mod part;
 mod quantizer;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod rans;
+#[cfg(test)]
+mod ranked;
 mod raw;
 mod reader;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod record;
 #[cfg(test)]
 mod record_tests;
 mod rows;
+mod sealing;
 mod settings;
 mod shard;
+mod source;
 mod summary;
+mod unfinished;
 mod verify;
-#[allow(dead_code)] // Until codec.rs has the codecs `packed` and `compact`.
 mod walk;
 mod writer;
 
+pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
-pub use manifest::{Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, ShardRecord};
-pub use progress::{Position, is_unfinished};
+pub use manifest::{
+    CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
+    ShardRecord,
+};
+pub use merge::merge;
+pub use part::WriterPart;
 pub use reader::CacheReader;
+pub use sealing::{Missing, Outcome};
 pub use settings::{CacheSettings, Selection, SoftTargetSettings, TeacherIdentity, TokenizerIdentity};
+pub use source::{CacheFiles, LocalFiles, ShardSource};
 pub use summary::{CaptureSummary, Part, Summary};
+pub use unfinished::{Position, is_unfinished};
 pub use verify::Verification;
-pub use writer::CacheWriter;
+pub use writer::{CacheWriter, Next};
 
 /// The way out of a damaged cache.
 pub(crate) const DAMAGED: &str = "copy it again from where it was made, or delete the cache directory and run `limbeck precompute-teacher-logits` again";

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::codec::{Block, Shape};
 use super::shard::{TensorBytes, TensorIndex, Tensors, little_endian};
 use crate::error::Result;
-use crate::targets::{Capture, SparseTargets, TargetKind};
+use crate::targets::SparseTargets;
 
 const LOG_NORMALIZER: &str = "log_normalizer";
 
@@ -52,51 +52,82 @@ pub(crate) fn encode<'a>(block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>
         .collect()
 }
 
-pub(crate) fn check(index: &TensorIndex, tensors: &Tensors<'_>, shape: &Shape) -> Result<(), String> {
+pub(crate) fn check(index: &TensorIndex, shape: &Shape) -> Result<(), String> {
     index.check(&layout(shape, index.has(LOG_NORMALIZER)))?;
-    if shape.temperatures.is_none() {
-        return if shape.kept_ids == 0 { Ok(()) } else { Err("tokens only, but the manifest counts kept ids".into()) };
+    if shape.temperatures.is_none() && shape.kept_ids != 0 {
+        return Err("tokens only, but the manifest counts kept ids".into());
     }
-    let offsets = tensors.u64s("offsets", 0..shape.rows() + 1)?;
-    let starts = offsets.first() == Some(&0) && offsets.last() == Some(&(shape.kept_ids as u64));
-    if starts && offsets.is_sorted() { Ok(()) } else { Err("its offsets do not follow each other".into()) }
+    Ok(())
 }
 
-pub(crate) fn decode(tensors: &Tensors<'_>, shape: &Shape, range: Range<usize>) -> Result<Block, String> {
+/// Whether all offsets follow each other; a reader looks at those it follows.
+pub(crate) fn verify(tensors: &Tensors<'_>, shape: &Shape) -> Result<(), String> {
+    if shape.temperatures.is_none() {
+        return Ok(());
+    }
+    let offsets = tensors.u64s("offsets", 0..shape.rows() + 1)?;
+    let ends = offsets.first() == Some(&0) && offsets.last() == Some(&(shape.kept_ids as u64));
+    if ends && offsets.is_sorted() { Ok(()) } else { Err("its offsets do not follow each other".into()) }
+}
+
+/// Appends sequences `range` of a shard to `into`.
+pub(crate) fn decode(
+    tensors: &Tensors<'_>,
+    shape: &Shape,
+    range: Range<usize>,
+    into: &mut Block,
+) -> Result<(), String> {
     let places = range.start * (shape.seq_len + 1)..range.end * (shape.seq_len + 1);
     let rows = range.start * shape.seq_len..range.end * shape.seq_len;
-    let tokens = tensors.u32s("tokens", places.clone())?;
-    let segments = tensors.u32s("segments", places)?;
-    let targets = match &shape.temperatures {
-        None => None,
-        Some(temperatures) => Some(decode_targets(tensors, temperatures, shape.kind, rows)?),
-    };
-    let ids = targets.iter().flat_map(|targets| &targets.ids);
-    if let Some(id) = tokens.iter().chain(ids).find(|id| **id as usize >= shape.vocab_size) {
-        return Err(format!("it holds the id {id}, outside the vocabulary of {}", shape.vocab_size));
+    let first = into.tokens.len();
+    tensors.extend_u32s("tokens", places.clone(), &mut into.tokens)?;
+    tensors.extend_u32s("segments", places, &mut into.segments)?;
+    check_ids(&into.tokens[first..], shape)?;
+    match &mut into.targets {
+        Some(targets) => decode_targets(tensors, shape, rows, targets),
+        None => Ok(()),
     }
-    Ok(Block { tokens, segments, targets })
+}
+
+fn check_ids(ids: &[u32], shape: &Shape) -> Result<(), String> {
+    // The largest first: one pass without a branch.
+    match ids.iter().copied().max() {
+        Some(id) if id as usize >= shape.vocab_size => {
+            Err(format!("it holds the id {id}, outside the vocabulary of {}", shape.vocab_size))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn decode_targets(
     tensors: &Tensors<'_>,
-    temperatures: &[f32],
-    kind: TargetKind,
+    shape: &Shape,
     rows: Range<usize>,
-) -> Result<SparseTargets, String> {
-    let mut offsets = tensors.u64s("offsets", rows.start..rows.end + 1)?;
-    let first = offsets[0];
-    let kept = first as usize..offsets[offsets.len() - 1] as usize;
-    offsets.iter_mut().for_each(|offset| *offset -= first);
-    let captures = temperatures.iter().enumerate().map(|(i, &temperature)| {
-        Ok(Capture {
-            temperature,
-            log_probs: tensors.f32s(&format!("log_probs.{i}"), kept.clone())?,
-            log_tail: tensors.f32s(&format!("log_tail.{i}"), rows.clone())?,
-            label_log_prob: tensors.f32s(&format!("label_log_prob.{i}"), rows.clone())?,
-        })
-    });
-    let captures = captures.collect::<Result<Vec<_>, String>>()?;
-    let log_normalizer = if tensors.has(LOG_NORMALIZER) { Some(tensors.f32s(LOG_NORMALIZER, rows)?) } else { None };
-    Ok(SparseTargets { offsets, ids: tensors.u32s("ids", kept)?, captures, kind, log_normalizer })
+    into: &mut SparseTargets,
+) -> Result<(), String> {
+    let offsets = tensors.u64s("offsets", rows.start..rows.end + 1)?;
+    if !offsets.is_sorted() {
+        return Err("its offsets do not follow each other".into());
+    }
+    let (from, base) = (offsets[0], into.ids.len() as u64);
+    let kept = from as usize..offsets[offsets.len() - 1] as usize;
+    tensors.extend_u32s("ids", kept.clone(), &mut into.ids)?;
+    check_ids(&into.ids[base as usize..], shape)?;
+    for (i, capture) in into.captures.iter_mut().enumerate() {
+        tensors.extend_f32s(&format!("log_probs.{i}"), kept.clone(), &mut capture.log_probs)?;
+        tensors.extend_f32s(&format!("log_tail.{i}"), rows.clone(), &mut capture.log_tail)?;
+        tensors.extend_f32s(&format!("label_log_prob.{i}"), rows.clone(), &mut capture.label_log_prob)?;
+    }
+    match &mut into.log_normalizer {
+        Some(normalizers) if tensors.has(LOG_NORMALIZER) => {
+            tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers)?;
+        }
+        normalizers @ None if into.offsets.len() == 1 && tensors.has(LOG_NORMALIZER) => {
+            tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers.insert(vec![]))?;
+        }
+        // Normalisers stay where all rows have them.
+        normalizers => *normalizers = None,
+    }
+    into.offsets.extend(offsets[1..].iter().map(|offset| base + (offset - from)));
+    Ok(())
 }

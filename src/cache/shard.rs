@@ -1,11 +1,12 @@
-//! Shard files: plain safetensors, written in one stream in a fixed order, read through a memory map.
+//! Shard files: plain safetensors, written in one stream in a fixed order, and read tensor by tensor.
 //!
-//! Knows tensors of bytes and their hash, not what they mean; [`codec`](super::codec) gives them meaning. Written by
-//! hand because the order of keys and tensors is part of the format: equal content must give equal bytes.
+//! Knows tensors of bytes, not what they mean; [`codec`](super::codec) gives them meaning, and
+//! [`blocks`](super::blocks) vouches for them. Written by hand because the order of keys and tensors is part of the
+//! format: equal content must give equal bytes.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
@@ -13,16 +14,24 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use super::blocks::{BlockHasher, Checked, HASH_BYTES, block_count};
 use super::codec::Codec;
 use super::manifest::{FORMAT, FORMAT_VERSION};
 use crate::durable;
 use crate::error::{Error, Result};
 
 pub(crate) const SHARD_FOLDER: &str = "shards";
+/// The tensor with the hashes of all that comes before it.
+pub(crate) const BLOCK_HASHES: &str = "block_hashes";
 
 /// Name of a shard's file, relative to the cache directory.
-pub(crate) fn file_name(number: usize) -> String {
-    format!("{SHARD_FOLDER}/{number:05}.safetensors")
+pub(crate) fn file_name(number: u64) -> String {
+    file_in(SHARD_FOLDER, number)
+}
+
+/// Name of a shard's file in one of the folders of shards.
+pub(crate) fn file_in(folder: &str, number: u64) -> String {
+    format!("{folder}/{number:05}.safetensors")
 }
 
 /// One tensor on its way into a shard.
@@ -34,29 +43,34 @@ pub(crate) struct TensorBytes<'a> {
 }
 
 /// What a shard's header says of it beside its tensors.
-fn metadata(codec: Codec, number: usize, first_sequence: u64) -> [(&'static str, String); 5] {
+fn metadata(version: u32, codec: Codec, number: u64, first_sequence: u64) -> [(&'static str, String); 5] {
     [
         ("format", FORMAT.to_string()),
-        ("format_version", FORMAT_VERSION.to_string()),
+        ("format_version", version.to_string()),
         ("codec", codec.name().to_string()),
         ("shard", number.to_string()),
         ("first_sequence", first_sequence.to_string()),
     ]
 }
 
-/// The header, with its length in front, padded so that the first tensor is aligned to 8 bytes.
-fn header(metadata: &[(&str, String)], tensors: &[TensorBytes<'_>]) -> Vec<u8> {
+/// The header, with its length in front, padded so that the first tensor is aligned to 8 bytes. Names the hashes of
+/// `blocks` blocks after the tensors.
+fn header(metadata: &[(&str, String)], tensors: &[TensorBytes<'_>], blocks: u64) -> Vec<u8> {
     let mut entries = serde_json::Map::new();
     let metadata: serde_json::Map<_, _> =
         metadata.iter().map(|(key, value)| (key.to_string(), value.clone().into())).collect();
     entries.insert("__metadata__".into(), metadata.into());
     let mut start = 0;
+    let mut add = |name: &str, dtype: Dtype, shape: &[usize], bytes: usize| {
+        let entry = serde_json::json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, start + bytes] });
+        entries.insert(name.into(), entry);
+        start += bytes;
+    };
     for tensor in tensors {
-        let end = start + tensor.bytes.len();
-        let entry = serde_json::json!({ "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end] });
-        entries.insert(tensor.name.clone(), entry);
-        start = end;
+        add(&tensor.name, tensor.dtype, &tensor.shape, tensor.bytes.len());
     }
+    let shape = [blocks as usize, HASH_BYTES as usize];
+    add(BLOCK_HASHES, Dtype::U8, &shape, shape[0] * shape[1]);
     let mut json = serde_json::to_vec(&entries).expect("a header has only strings as keys");
     json.resize(json.len().next_multiple_of(8), b' ');
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
@@ -64,105 +78,59 @@ fn header(metadata: &[(&str, String)], tensors: &[TensorBytes<'_>]) -> Vec<u8> {
     bytes
 }
 
-/// Writes and seals one shard: temporary name, sync, rename, sync of the folder.
-///
-/// Returns the length of the file and the hash of all its bytes.
+/// The header whose own length is counted in the number of blocks that it names.
+fn header_with_blocks(metadata: &[(&str, String)], tensors: &[TensorBytes<'_>]) -> Vec<u8> {
+    let content: u64 = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+    let mut blocks = block_count(content);
+    loop {
+        let header = header(metadata, tensors, blocks);
+        // A larger number never makes a shorter header, so this comes to rest.
+        match block_count(header.len() as u64 + content) {
+            needed if needed == blocks => return header,
+            needed => blocks = needed,
+        }
+    }
+}
+
+/// Length and hash of a file that was written.
+pub(crate) struct Written {
+    pub bytes: u64,
+    pub blake3: blake3::Hash,
+}
+
+/// Writes the bytes of a shard to `path`, a temporary name, and syncs file and folder.
 pub(crate) fn write(
-    directory: &Path,
+    path: &Path,
     codec: Codec,
-    number: usize,
+    number: u64,
     first_sequence: u64,
     tensors: &[TensorBytes<'_>],
-) -> Result<(u64, blake3::Hash)> {
-    let path = directory.join(file_name(number));
-    let temporary = durable::temporary_path(&path);
-    // A crash's leftovers were removed when the cache was opened, so a file of this name has a living owner.
-    let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary).map_err(|error| {
-        if error.kind() == std::io::ErrorKind::AlreadyExists {
-            Error::file(&temporary, "another process is writing this cache", "wait for it to end, or stop it")
-        } else {
-            Error::io(&temporary)(error)
-        }
-    })?;
-    let mut written = || -> std::io::Result<(u64, blake3::Hash)> {
-        let header = header(&metadata(codec, number, first_sequence), tensors);
-        let mut hasher = blake3::Hasher::new();
-        let mut length = 0;
+) -> Result<Written> {
+    let header = header_with_blocks(&metadata(FORMAT_VERSION, codec, number, first_sequence), tensors);
+    let mut hasher = BlockHasher::default();
+    let mut bytes = 0;
+    write_synced(path, |file| {
         for piece in std::iter::once(&header[..]).chain(tensors.iter().map(|tensor| &tensor.bytes[..])) {
             file.write_all(piece)?;
-            hasher.update_rayon(piece);
-            length += piece.len() as u64;
+            hasher.update(piece);
+            bytes += piece.len() as u64;
         }
-        file.sync_all()?;
-        Ok((length, hasher.finalize()))
-    };
-    let sealed = written().and_then(|sealed| fs::rename(&temporary, &path).map(|()| sealed)).map_err(|error| {
+        let list = std::mem::take(&mut hasher).finish();
+        file.write_all(&list)?;
+        Ok(Written { bytes: bytes + list.len() as u64, blake3: blake3::hash(&list) })
+    })
+}
+
+/// Writes a file under a temporary name that nobody else uses, and syncs it and its folder.
+pub(crate) fn write_synced<T>(path: &Path, fill: impl FnOnce(&mut fs::File) -> std::io::Result<T>) -> Result<T> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path).map_err(Error::io(path))?;
+    let filled = fill(&mut file).and_then(|filled| file.sync_all().map(|()| filled)).map_err(|error| {
         // Best effort: a full disk should not also keep the half-written file.
-        let _ = fs::remove_file(&temporary);
-        Error::io(&path)(error)
+        let _ = fs::remove_file(path);
+        Error::io(path)(error)
     })?;
-    durable::sync_directory(&directory.join(SHARD_FOLDER))?;
-    Ok(sealed)
-}
-
-/// A shard mapped into memory.
-pub(crate) struct MappedShard {
-    map: memmap2::Mmap,
-}
-
-impl MappedShard {
-    pub(crate) fn open(path: &Path) -> Result<MappedShard> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        // SAFETY: the map is only read, as plain bytes, for which any content is valid. That nobody truncates a file
-        // of a finished cache while it is read is a rule of the format (docs/cache-format.md, "Forbidden").
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))?;
-        Ok(MappedShard { map })
-    }
-
-    /// Hash of the whole file, by all cores.
-    pub(crate) fn hash(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_rayon(&self.map);
-        hasher.finalize()
-    }
-
-    pub(crate) fn length(&self) -> u64 {
-        self.map.len() as u64
-    }
-
-    /// Where each tensor lies.
-    pub(crate) fn index(&self, codec: Codec, number: usize, first_sequence: u64) -> Result<TensorIndex, String> {
-        let length = self.map.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)).unwrap_or(u64::MAX);
-        let header = usize::try_from(length).ok().and_then(|length| self.map.get(8..length.checked_add(8)?));
-        let header = header.ok_or("its header is longer than the file")?;
-        let base = 8 + header.len();
-        let header: Header =
-            serde_json::from_slice(header).map_err(|error| format!("its header is malformed: {error}"))?;
-        for (key, expected) in metadata(codec, number, first_sequence) {
-            let said = header.metadata.get(key);
-            if said != Some(&expected) {
-                return Err(format!("its header says {key} = {said:?}, not {expected:?}"));
-            }
-        }
-        // Without gaps from the header to the end of the file, so that every tensor lies inside the map.
-        let mut places: Vec<_> = header.tensors.iter().map(|(name, entry)| (entry.data_offsets, name)).collect();
-        places.sort_unstable();
-        let mut end = 0;
-        for ((from, to), name) in places {
-            if from != end || to < from {
-                return Err(format!("tensor `{name}` does not start where the one before it ends"));
-            }
-            end = to;
-        }
-        if end != self.map.len() - base {
-            return Err(format!("its tensors have {end} bytes, the file has {} for them", self.map.len() - base));
-        }
-        Ok(TensorIndex { base, tensors: header.tensors })
-    }
-
-    pub(crate) fn tensors<'a>(&'a self, index: &'a TensorIndex) -> Tensors<'a> {
-        Tensors { bytes: &self.map, index }
-    }
+    durable::sync_directory(durable::parent(path))?;
+    Ok(filled)
 }
 
 #[derive(Deserialize)]
@@ -185,11 +153,65 @@ struct TensorEntry {
 pub(crate) struct TensorIndex {
     /// Length of the header.
     base: usize,
+    /// The codec's; the list of hashes is not among them.
     tensors: HashMap<String, TensorEntry>,
 }
 
 impl TensorIndex {
-    /// Name and number of bytes of each tensor.
+    /// Reads the header of a shard and compares it with what the manifest and the length of the file say.
+    pub(crate) fn read(
+        file: &Checked,
+        version: u32,
+        codec: Codec,
+        number: u64,
+        first_sequence: u64,
+    ) -> Result<TensorIndex, String> {
+        let long = "its header is longer than the file";
+        if file.data_bytes() < 8 {
+            return Err(long.into());
+        }
+        let length = file.bytes(0..8)?;
+        let length = u64::from_le_bytes(length[..].try_into().expect("8 bytes were asked for"));
+        let end = length.checked_add(8).filter(|end| *end <= file.data_bytes()).ok_or(long)?;
+        let header: Header = serde_json::from_slice(&file.bytes(8..end)?)
+            .map_err(|error| format!("its header is malformed: {error}"))?;
+        for (key, expected) in metadata(version, codec, number, first_sequence) {
+            let said = header.metadata.get(key);
+            if said != Some(&expected) {
+                return Err(format!("its header says {key} = {said:?}, not {expected:?}"));
+            }
+        }
+        let mut tensors = header.tensors;
+        // Without gaps from the header to the end of the file, so that every tensor lies inside it.
+        let mut places: Vec<_> = tensors.iter().map(|(name, entry)| (entry.data_offsets, name)).collect();
+        places.sort_unstable();
+        let mut reached = 0;
+        for ((from, to), name) in places {
+            if from != reached || to < from {
+                return Err(format!("tensor `{name}` does not start where the one before it ends"));
+            }
+            reached = to;
+        }
+        let base = usize::try_from(end).map_err(|_| long)?;
+        let list = (file.blocks() * HASH_BYTES) as usize;
+        let room = file.data_bytes() as usize - base + list;
+        if reached != room {
+            return Err(format!("its tensors have {reached} bytes, the file has {room} for them"));
+        }
+        if version > 1 {
+            let shape = [file.blocks() as usize, HASH_BYTES as usize];
+            let entry = tensors.remove(BLOCK_HASHES);
+            let is_last = |entry: &TensorEntry| {
+                entry.dtype == Dtype::U8 && entry.shape == shape && entry.data_offsets == (room - list, room)
+            };
+            if !entry.as_ref().is_some_and(is_last) {
+                return Err(format!("its last tensor is not `{BLOCK_HASHES}`, U8 {shape:?}"));
+            }
+        }
+        Ok(TensorIndex { base, tensors })
+    }
+
+    /// Name and number of bytes of each tensor of the codec.
     pub(crate) fn sizes(&self) -> impl Iterator<Item = (&str, usize)> {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry.data_offsets.1 - entry.data_offsets.0))
     }
@@ -221,36 +243,46 @@ impl TensorIndex {
     }
 }
 
-/// The tensors of a mapped shard, after [`TensorIndex::check`]. Copies out of the map, so no alignment is needed.
+/// The tensors of an open shard. What is asked for is checked against its hash; alignment is not needed.
 pub(crate) struct Tensors<'a> {
-    bytes: &'a [u8],
-    index: &'a TensorIndex,
+    pub file: &'a Checked,
+    pub index: &'a TensorIndex,
 }
 
-impl Tensors<'_> {
+impl<'a> Tensors<'a> {
     pub(crate) fn has(&self, name: &str) -> bool {
         self.index.has(name)
     }
 
-    /// Elements `range` of a tensor of `N`-byte elements.
-    fn elements<const N: usize>(&self, name: &str, range: Range<usize>) -> Result<&[[u8; N]], String> {
+    /// Elements `range` of a tensor of elements of `size` bytes, as bytes.
+    fn elements(&self, name: &str, size: usize, range: Range<usize>) -> Result<Cow<'a, [u8]>, String> {
         let entry = self.index.tensors.get(name).ok_or_else(|| format!("tensor `{name}` is missing"))?;
         let (start, end) = entry.data_offsets;
-        let (elements, _) = self.bytes[self.index.base + start..self.index.base + end].as_chunks::<N>();
-        let length = elements.len();
-        elements.get(range.clone()).ok_or_else(|| format!("tensor `{name}` has {length} elements, asked for {range:?}"))
+        let length = (end - start) / size;
+        if range.start > range.end || range.end > length {
+            return Err(format!("tensor `{name}` has {length} elements, asked for {range:?}"));
+        }
+        let start = self.index.base + start;
+        self.file.bytes((start + range.start * size) as u64..(start + range.end * size) as u64)
     }
 
-    pub(crate) fn u32s(&self, name: &str, range: Range<usize>) -> Result<Vec<u32>, String> {
-        Ok(self.elements(name, range)?.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
+    /// Appends elements of a tensor to `into`.
+    pub(crate) fn extend_u32s(&self, name: &str, range: Range<usize>, into: &mut Vec<u32>) -> Result<(), String> {
+        let bytes = self.elements(name, 4, range)?;
+        into.extend(bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
+        Ok(())
     }
 
-    pub(crate) fn f32s(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>, String> {
-        Ok(self.elements(name, range)?.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    /// Appends elements of a tensor to `into`.
+    pub(crate) fn extend_f32s(&self, name: &str, range: Range<usize>, into: &mut Vec<f32>) -> Result<(), String> {
+        let bytes = self.elements(name, 4, range)?;
+        into.extend(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        Ok(())
     }
 
     pub(crate) fn u64s(&self, name: &str, range: Range<usize>) -> Result<Vec<u64>, String> {
-        Ok(self.elements(name, range)?.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
+        let bytes = self.elements(name, 8, range)?;
+        Ok(bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect())
     }
 }
 

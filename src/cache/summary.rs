@@ -175,12 +175,10 @@ impl CacheReader {
         let mut parts: std::collections::BTreeMap<String, u64> = Default::default();
         let mut headers = 0;
         for (number, record) in manifest.shards.iter().enumerate() {
-            let (_, index) = self.map_shard(number)?;
-            let index = index.map_err(|problem| self.shard_error(number, problem))?;
             headers += record.bytes;
-            for (name, bytes) in index.sizes() {
-                *parts.entry(name.to_string()).or_default() += bytes as u64;
-                headers -= bytes as u64;
+            for (name, bytes) in self.tensor_sizes(number)? {
+                *parts.entry(name).or_default() += bytes;
+                headers -= bytes;
             }
         }
         let parts = parts.into_iter().chain([("headers".to_string(), headers)]);

@@ -1,147 +1,232 @@
-//! Writing a cache: push sequences in order, be killed at any moment, start again, finish.
+//! Writing a cache: push sequences, be killed at any moment, start again, finish; beside any number of other writers.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::DAMAGED;
-use super::codec::{Block, Shape};
-use super::manifest::{Counts, MANIFEST_FILE, Manifest, ShardRecord, short};
-use super::progress::{PROGRESS_FILE, Position, Progress};
+use super::calibration::{self, calibration_shards};
+use super::codec::Block;
+use super::lease::{Claim, Lease, Leases};
+use super::manifest::{Counts, MANIFEST_FILE, Manifest};
+use super::part::WriterPart;
+use super::reader::check_length;
 use super::rows::{self, Problem};
+use super::sealing::{
+    Filled, LearntCoder, Outcome, check_sealed, complete, learnt_coder, same_settings, seal, seal_calibration,
+    shard_count,
+};
 use super::settings::CacheSettings;
-use super::shard::{self, SHARD_FOLDER};
-use crate::durable::{self, TEMPORARY};
+use super::source::LocalFiles;
+use super::unfinished::{CALIBRATION_FOLDER, Position, SEALED_FOLDER, Unfinished, tidy};
 use crate::error::{Error, Result};
 use crate::targets::{PackedSequence, SparseTargets};
 
-/// Writes one cache. Dropping it at any point loses at most the sequences of the shard being filled.
+/// Writes one part of a cache. Dropping it at any point loses at most the sequences of the shard being filled.
 #[derive(Debug)]
 pub struct CacheWriter {
     directory: PathBuf,
+    settings: CacheSettings,
+    part: WriterPart,
     state: State,
     block: Block,
     counts: Counts,
-    /// The last position given at or before the shard being filled was complete.
+    /// The last position given at or before the end of the shard being filled.
     position: Option<Position>,
 }
 
 #[derive(Debug)]
 enum State {
-    Unfinished(Progress),
-    Finished(Manifest),
+    Unfinished(Box<Open>),
+    Finished(Box<Manifest>),
+}
+
+#[derive(Debug)]
+struct Open {
+    files: Unfinished,
+    leases: Leases,
+    target: Target,
+    /// Sequences of all the data, once known.
+    end: Option<u64>,
+    coder: Option<LearntCoder>,
+}
+
+/// What the next sequence is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// Not looked for yet.
+    Unknown,
+    Shard(u64),
+    /// A shard for the coder to learn from.
+    Calibration(u64),
+    /// Others hold what this one needs.
+    Wait,
+    Nothing,
+}
+
+/// What a writer is to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Push the sequence of this number.
+    Sequence(u64),
+    /// Other writers are at work on what this one needs; ask again in a while.
+    Wait,
+    /// Nothing is left for this writer.
+    Done,
 }
 
 impl CacheWriter {
-    /// Begins a cache in `directory`, or goes on with the one that was begun there with equal settings.
+    /// Begins a cache in `directory`, or goes on with the one that was begun there with equal settings, as one of
+    /// several writers ([`WriterPart::WHOLE`] if there is only this one).
     ///
-    /// What a crash left behind (temporary files, shards that were not listed yet) is removed. A cache that was begun
-    /// and has no sealed shard yet takes on the new settings.
+    /// What dead writers left behind (temporary files, shards without a record, leases) is removed. A cache that was
+    /// begun, has no sealed shard yet and no other writer takes on the new settings.
     ///
     /// # Errors
     /// [`Error::Usage`] for impossible settings; [`Error::Mismatch`] when the cache there was begun with others;
-    /// [`Error::Shard`] when a sealed shard is gone; [`Error::File`] when its log is damaged.
-    pub fn create_or_resume(directory: impl AsRef<Path>, settings: CacheSettings) -> Result<CacheWriter> {
-        let directory = directory.as_ref().to_path_buf();
+    /// [`Error::Shard`] when a sealed shard is gone; [`Error::File`] when a record is damaged, or when this part is
+    /// being written by another process, which it names.
+    pub fn create_or_resume(
+        directory: impl AsRef<Path>,
+        settings: CacheSettings,
+        part: WriterPart,
+    ) -> Result<CacheWriter> {
         settings.check()?;
-        let shards = directory.join(SHARD_FOLDER);
-        let begun = directory.join(PROGRESS_FILE).is_file();
+        let directory = directory.as_ref();
+        let opened = CacheWriter::open(directory, &settings, part);
+        match opened {
+            // Another process may have finished the cache while this one looked around.
+            Err(_) if directory.join(MANIFEST_FILE).is_file() => CacheWriter::open(directory, &settings, part),
+            opened => opened,
+        }
+    }
+
+    fn open(directory: &Path, settings: &CacheSettings, part: WriterPart) -> Result<CacheWriter> {
+        let named = |name: &str| format!("{name} {}", directory.display());
+        let afresh = format!("delete {} to start afresh", directory.display());
+        let this_run = || ("this run".to_string(), settings);
         let state = if directory.join(MANIFEST_FILE).is_file() {
-            let manifest = Manifest::load(&directory)?;
-            same_settings(&directory, "the finished cache", &manifest.settings, &settings)?;
-            State::Finished(manifest)
-        } else if begun {
-            let progress = Progress::open(&directory)?;
-            if progress.shards.is_empty() && progress.settings.first_difference(&settings).is_some() {
-                // Nothing is lost: who mends a teacher or a text after a failed start is not held to that start.
-                State::Unfinished(Progress::begin(&directory, settings.clone())?)
-            } else {
-                same_settings(&directory, "the unfinished cache", &progress.settings, &settings)?;
-                State::Unfinished(progress)
-            }
+            let manifest = Manifest::load(directory)?;
+            same_settings((named("the finished cache"), &manifest.settings), this_run(), &afresh)?;
+            let files = LocalFiles::new(directory);
+            manifest.shards.iter().try_for_each(|record| check_length(&files, directory, record))?;
+            tidy(directory, manifest.shards.len())?;
+            State::Finished(Box::new(manifest))
         } else {
-            if shard_files(&shards)?.iter().any(|name| !name.ends_with(TEMPORARY)) {
-                return Err(Error::file(
-                    &directory,
-                    "there are shards here, but neither manifest.json nor progress.log",
-                    "restore the one that is missing, or delete the directory to start afresh",
-                ));
+            let leases = Leases::new(directory, part);
+            let mut files = Unfinished::begin_or_open(directory, settings, leases.owner())?;
+            // Nothing is lost by beginning anew where nothing is sealed: who mends a teacher or a text after a failed
+            // start is not held to that start.
+            if files.settings.first_difference(settings).is_some() && !files.rebegin(settings, leases.owner())? {
+                same_settings((named("the unfinished cache"), &files.settings), this_run(), &afresh)?;
             }
-            fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
-            if let Some(parent) = directory.parent() {
-                durable::sync_directory(parent)?;
-            }
-            State::Unfinished(Progress::begin(&directory, settings.clone())?)
+            files.discard_leftovers()?;
+            check_sealed(&files)?;
+            let end = files.end()?;
+            State::Unfinished(Box::new(Open { files, leases, target: Target::Unknown, end, coder: None }))
         };
-        fs::create_dir_all(&shards).map_err(Error::io(&shards))?;
-        let position = match &state {
-            State::Unfinished(progress) => progress.position.clone(),
-            State::Finished(_) => None,
+        let settings = match &state {
+            State::Unfinished(open) => open.files.settings.clone(),
+            State::Finished(manifest) => manifest.settings.clone(),
         };
-        let block = empty_block(&settings);
-        let writer = CacheWriter { directory, state, block, counts: Counts::default(), position };
-        writer.discard_leftovers()?;
-        writer.check_sealed()?;
+        let (directory, block) = (directory.to_path_buf(), Block::empty(&settings));
+        let counts = Counts::default();
+        let mut writer = CacheWriter { directory, settings, part, state, block, counts, position: None };
+        // Whoever writes this part already is named now, and not after the teacher was loaded.
+        writer.next_push()?;
         Ok(writer)
     }
 
-    /// Whether the cache was finished before; nothing is left to push.
+    /// Whether the cache is finished; nothing is left to push.
     pub fn is_finished(&self) -> bool {
         matches!(self.state, State::Finished(_))
     }
 
     pub fn settings(&self) -> &CacheSettings {
-        match &self.state {
-            State::Unfinished(progress) => &progress.settings,
-            State::Finished(manifest) => &manifest.settings,
-        }
+        &self.settings
     }
 
-    /// Number of the sequence to push next. Right after [`create_or_resume`](Self::create_or_resume), the number of
-    /// sequences in sealed shards.
-    pub fn next_sequence(&self) -> u64 {
-        match &self.state {
-            State::Unfinished(progress) => progress.sequences() + self.counts.sequences,
-            State::Finished(manifest) => manifest.counts.sequences,
-        }
-    }
-
-    /// Notes where the data loader is: about to give sequence [`next_sequence`](Self::next_sequence).
+    /// What is to be done next. Its number goes up by one with each push inside of a shard, and anywhere at the borders of
+    /// shards, where those of other writers and those that were sealed before are left out.
     ///
-    /// Recorded with the shard that is sealed next, so that a resumed run need not read the data from its start. It does
-    /// not enter the finished cache.
-    pub fn set_position(&mut self, loader: serde_json::Value) {
-        self.position = Some(Position { sequence: self.next_sequence(), loader });
+    /// # Errors
+    /// [`Error::File`] when another process writes this part; [`Error::Io`].
+    pub fn next_push(&mut self) -> Result<Next> {
+        let State::Unfinished(open) = &mut self.state else { return Ok(Next::Done) };
+        if matches!(open.target, Target::Unknown | Target::Wait) {
+            match find(open, self.part, None) {
+                Ok(target) => open.target = target,
+                Err(error) => {
+                    self.finished_by_others(error)?;
+                    return Ok(Next::Done);
+                }
+            }
+            if self.directory.join(MANIFEST_FILE).is_file() {
+                self.finished_by_others(self.late())?;
+                return Ok(Next::Done);
+            }
+        }
+        let State::Unfinished(open) = &self.state else { return Ok(Next::Done) };
+        Ok(match open.target {
+            Target::Shard(number) | Target::Calibration(number) => {
+                Next::Sequence(number * self.settings.sequences_per_shard as u64 + self.counts.sequences)
+            }
+            Target::Wait => Next::Wait,
+            _ => Next::Done,
+        })
     }
 
-    /// The last position recorded with a sealed shard: at or before [`next_sequence`](Self::next_sequence) of a resumed
-    /// writer. Put the loader there, and skip `next_sequence - position.sequence` sequences.
-    pub fn position(&self) -> Option<&Position> {
+    /// How many sequences the shard being filled still takes; batches must end there. 0 if there is none.
+    pub fn room(&self) -> u64 {
         match &self.state {
-            State::Unfinished(progress) => progress.position.as_ref(),
-            State::Finished(_) => None,
+            State::Unfinished(open) => {
+                open.length(&self.settings).map_or(0, |length| length.saturating_sub(self.counts.sequences))
+            }
+            State::Finished(_) => 0,
         }
     }
 
-    /// Appends the next sequence with its rows (`seq_len` of them; `None` in a cache of tokens only); seals the shard when
-    /// that fills it. `text_bytes`: bytes of text that its valid rows predict.
+    /// Notes where the data loader is: about to give `sequence`.
+    ///
+    /// Recorded with the shard that is being filled, so that whoever goes on after it need not read the data from its
+    /// start. It does not enter the finished cache.
+    pub fn set_position(&mut self, sequence: u64, loader: serde_json::Value) {
+        self.position = Some(Position { sequence, loader });
+    }
+
+    /// The newest position recorded with a sealed shard, by any writer, that is at or before `sequence` and after
+    /// `after`. Put the loader there, and skip `sequence - position.sequence` sequences.
+    ///
+    /// # Errors
+    /// [`Error::File`] when a record is damaged.
+    pub fn position(&self, after: u64, sequence: u64) -> Result<Option<Position>> {
+        let State::Unfinished(open) = &self.state else { return Ok(None) };
+        let full = self.settings.sequences_per_shard as u64;
+        // A shard's position is near its end, so that those before `after` have nothing to say.
+        for number in (after / full..sequence / full).rev() {
+            for folder in [SEALED_FOLDER, CALIBRATION_FOLDER] {
+                let sealed = open.files.record(folder, number)?;
+                let position = sealed.and_then(|sealed| sealed.position);
+                if let Some(position) = position.filter(|it| it.sequence > after && it.sequence <= sequence) {
+                    return Ok(Some(position));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Appends the sequence that [`next_push`](Self::next_push) asks for, with its rows (`seq_len` of them; `None` in a cache of
+    /// tokens only); seals the shard when that fills it. `text_bytes`: bytes of text that its valid rows predict.
     ///
     /// `log_tail` and `label_log_prob` of rows that are not valid are stored as 0. After an error about the sequence the
     /// writer is as before.
     ///
     /// # Errors
     /// [`Error::NotFinite`] or [`Error::File`] naming the sequence and row that no cache may hold; [`Error::Usage`] when
-    /// the cache is finished or its last, short shard is sealed; [`Error::Io`].
+    /// nothing is left to push; [`Error::Io`].
     pub fn push(&mut self, sequence: PackedSequence, targets: Option<SparseTargets>, text_bytes: u64) -> Result<()> {
-        let number = self.next_sequence();
-        let settings = match &self.state {
-            State::Unfinished(progress) => &progress.settings,
-            State::Finished(_) => return Err(self.too_many()),
+        let number = match self.next_push()? {
+            Next::Sequence(number) => number,
+            _ => return Err(self.too_many()),
         };
-        let full = settings.sequences_per_shard as u64;
-        if self.counts.sequences == 0 && !number.is_multiple_of(full) {
-            return Err(self.too_many());
-        }
-        let mut counts = rows::check(settings, &sequence, targets.as_ref()).map_err(|problem| match problem {
+        let mut counts = rows::check(&self.settings, &sequence, targets.as_ref()).map_err(|problem| match problem {
             Problem::NotFinite(what) => Error::NotFinite {
                 what: format!("{}: sequence {number}: {what}", self.directory.display()),
                 tip: "look for NaN or infinity in the teacher's weights and in its number format".into(),
@@ -171,174 +256,257 @@ impl CacheWriter {
         self.block.tokens.extend_from_slice(&sequence.tokens);
         self.block.segments.extend_from_slice(&sequence.segments);
         self.counts = summed;
-        if self.counts.sequences == full { self.seal() } else { Ok(()) }
+        self.seal_if_full()
     }
 
-    /// Seals what is left, writes the manifest, and returns it. On a cache that was finished before: returns its manifest.
+    /// Says how many sequences there are in all the data, and seals the last shard if that fills it. Whoever comes to
+    /// the end of the data calls this.
     ///
     /// # Errors
-    /// [`Error::Usage`] when no sequence was pushed; [`Error::Io`].
-    pub fn finish(mut self) -> Result<Manifest> {
-        if self.counts.sequences > 0 {
-            self.seal()?;
-        }
-        let progress = match self.state {
-            State::Finished(manifest) => return Ok(manifest),
-            State::Unfinished(progress) => progress,
-        };
-        if progress.shards.is_empty() {
+    /// [`Error::Usage`] when there is none, or when more were pushed; [`Error::Mismatch`] when another writer came to
+    /// another end; [`Error::Io`].
+    pub fn end(&mut self, sequences: u64) -> Result<()> {
+        if sequences == 0 {
             let problem = format!("{}: the cache would hold no sequence", self.directory.display());
             return Err(Error::usage(problem, "give more text, or a shorter [data] seq_len"));
         }
-        let manifest = Manifest::new(&self.directory, progress.settings, progress.shards)?;
-        manifest.save()?;
-        remove(&self.directory.join(PROGRESS_FILE))?;
-        durable::sync_directory(&self.directory)?;
-        Ok(manifest)
-    }
-
-    /// Writes the shard being filled and records it.
-    fn seal(&mut self) -> Result<()> {
-        let State::Unfinished(progress) = &mut self.state else { return Ok(()) };
-        let settings = &progress.settings;
-        let number = progress.shards.len();
-        let first_sequence = progress.sequences();
-        let mut record = ShardRecord {
-            file: shard::file_name(number),
-            first_sequence,
-            bytes: 0,
-            blake3: String::new(),
-            counts: self.counts,
-        };
-        let tensors = settings.codec.encode(&self.block, &Shape::of(settings, &record));
-        let (bytes, hash) = shard::write(&self.directory, settings.codec, number, first_sequence, &tensors)?;
-        record.bytes = bytes;
-        record.blake3 = hash.to_hex().to_string();
-        drop(tensors);
-        self.block = empty_block(settings);
-        self.counts = Counts::default();
-        progress.append(record, self.position.clone())
-    }
-
-    fn too_many(&self) -> Error {
-        Error::usage(
-            format!(
-                "{}: the cache ends with {} sequences, and more are given",
-                self.directory.display(),
-                self.next_sequence()
-            ),
-            "the data has grown since the cache was begun: restore it, or delete the cache directory to start afresh",
-        )
-    }
-
-    fn sealed(&self) -> &[ShardRecord] {
-        match &self.state {
-            State::Unfinished(progress) => &progress.shards,
-            State::Finished(manifest) => &manifest.shards,
+        if let Next::Sequence(next) = self.next_push()?
+            && self.counts.sequences > 0
+            && next > sequences
+        {
+            let problem = format!("{}: {next} sequences were pushed of {sequences}", self.directory.display());
+            return Err(Error::usage(problem, "count the data's sequences from its start"));
         }
+        let full = self.settings.sequences_per_shard as u64;
+        let State::Unfinished(open) = &mut self.state else { return Ok(()) };
+        let ended = open.files.set_end(sequences, open.leases.owner());
+        if let Err(error) = ended {
+            return self.finished_by_others(error);
+        }
+        if self.directory.join(MANIFEST_FILE).is_file() {
+            return self.finished_by_others(self.late());
+        }
+        open.end = Some(sequences);
+        if let Target::Shard(number) | Target::Calibration(number) = open.target
+            && number * full >= sequences
+        {
+            // There is no such shard.
+            open.leases.release(number);
+            open.target = Target::Unknown;
+        }
+        self.seal_if_full()
     }
 
-    /// Removes what a crash left: temporary files, shards that were not listed yet, the log of a finished cache.
-    fn discard_leftovers(&self) -> Result<()> {
-        for name in [MANIFEST_FILE, PROGRESS_FILE] {
-            remove(&durable::temporary_path(&self.directory.join(name)))?;
-        }
-        if self.is_finished() {
-            remove(&self.directory.join(PROGRESS_FILE))?;
-        }
-        let shards = self.directory.join(SHARD_FOLDER);
-        for name in shard_files(&shards)? {
-            let number: Option<usize> = name.split('.').next().and_then(|number| number.parse().ok());
-            let listed =
-                number.is_some_and(|number| number < self.sealed().len() && shard::file_name(number).ends_with(&name));
-            if !listed {
-                remove(&shards.join(name))?;
+    /// Writes the manifest if this writer's part was the last one, and says what is still missing if not.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and whatever is found to be wrong with the records of sealed shards.
+    pub fn finish_part(mut self) -> Result<Outcome> {
+        let outcome = match &mut self.state {
+            State::Finished(manifest) => return Ok(Outcome::Finished((**manifest).clone())),
+            State::Unfinished(open) => {
+                let outcome = complete(&open.files, open.leases.owner());
+                open.leases.release_all();
+                outcome
             }
+        };
+        let late = match outcome {
+            Ok(Outcome::Missing(_)) if self.directory.join(MANIFEST_FILE).is_file() => self.late(),
+            Ok(outcome) => return Ok(outcome),
+            Err(error) => error,
+        };
+        self.finished_by_others(late)?;
+        self.finish_part()
+    }
+
+    /// Ends the data after what was pushed, if nothing said where it ends, and writes the manifest: for whoever writes
+    /// a cache alone. On a cache that was finished before: returns its manifest.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when no sequence was pushed, or when sequences are still to be pushed; [`Error::File`] when
+    /// shards of other writers are missing; [`Error::Io`].
+    pub fn finish(mut self) -> Result<Manifest> {
+        let next = self.next_push()?;
+        if let (Next::Sequence(next), State::Unfinished(open)) = (next, &self.state)
+            && open.end.is_none()
+        {
+            self.end(next)?;
         }
+        if let Next::Sequence(next) = self.next_push()? {
+            let problem = format!("{}: sequence {next} was not pushed", self.directory.display());
+            return Err(Error::usage(problem, "push every sequence that `next_push` asks for"));
+        }
+        let directory = self.directory.clone();
+        match self.finish_part()? {
+            Outcome::Finished(manifest) => Ok(manifest),
+            Outcome::Missing(missing) => Err(Error::file(
+                directory,
+                format!("this cache is unfinished: {missing}"),
+                "wait for the other writers, or start those that died again",
+            )),
+        }
+    }
+
+    /// Seals the shard being filled when nothing more goes into it, and finds the next.
+    fn seal_if_full(&mut self) -> Result<()> {
+        let (part, counts) = (self.part, self.counts);
+        let State::Unfinished(open) = &mut self.state else { return Ok(()) };
+        if counts.sequences == 0 || open.length(&self.settings) != Some(counts.sequences) {
+            return Ok(());
+        }
+        let sealed = open.seal(part, counts, &self.block, self.position.take());
+        if let Err(error) = sealed {
+            return self.finished_by_others(error);
+        }
+        self.block = Block::empty(&self.settings);
+        self.counts = Counts::default();
         Ok(())
     }
 
-    /// Whether each sealed shard is there with its length. Its hash is checked when it is read.
-    fn check_sealed(&self) -> Result<()> {
-        self.sealed().iter().try_for_each(|record| check_length(&self.directory, record))
+    /// What is said if a cache that another process finished cannot be opened for some other reason.
+    fn late(&self) -> Error {
+        Error::file(&self.directory, "it was finished by another process", "run the same again")
+    }
+
+    /// Turns to the finished cache if another process has finished it, which explains any error; else gives it back.
+    fn finished_by_others(&mut self, error: Error) -> Result<()> {
+        if !self.directory.join(MANIFEST_FILE).is_file() {
+            return Err(error);
+        }
+        let manifest = Manifest::load(&self.directory)?;
+        if let State::Unfinished(open) = &mut self.state {
+            open.leases.release_all();
+        }
+        tidy(&self.directory, manifest.shards.len())?;
+        self.state = State::Finished(Box::new(manifest));
+        self.block = Block::empty(&self.settings);
+        self.counts = Counts::default();
+        Ok(())
+    }
+
+    /// The error of pushing where nothing is left to push.
+    fn too_many(&self) -> Error {
+        let sequences = match &self.state {
+            State::Finished(manifest) => manifest.counts.sequences,
+            State::Unfinished(open) => open.end.unwrap_or_default(),
+        };
+        Error::usage(
+            format!("{}: the cache ends with {sequences} sequences, and more are given", self.directory.display()),
+            "the data has grown since the cache was begun: restore it, or delete the cache directory to start afresh",
+        )
     }
 }
 
-/// Whether a shard's file is there and has the length it was sealed with.
-pub(crate) fn check_length(directory: &Path, record: &ShardRecord) -> Result<()> {
-    let problem = match fs::metadata(directory.join(&record.file)) {
-        Ok(metadata) if metadata.len() == record.bytes => return Ok(()),
-        Ok(metadata) => format!("it has {} bytes, and was sealed with {}", metadata.len(), record.bytes),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => "it is missing".into(),
-        Err(error) => return Err(Error::io(directory.join(&record.file))(error)),
-    };
-    let (cache, shard) = (directory.to_path_buf(), record.file.clone());
-    Err(Error::Shard { cache, shard, problem, tip: DAMAGED.into() })
-}
-
-fn same_settings(directory: &Path, name: &str, theirs: &CacheSettings, ours: &CacheSettings) -> Result<()> {
-    let Some((setting, left, right)) = theirs.first_difference(ours) else { return Ok(()) };
-    let teacher = |settings: &CacheSettings| {
-        settings.soft_targets.as_ref().map_or("none".into(), |soft_targets| {
-            format!("`{}`, fingerprint {}", soft_targets.teacher.name, short(&soft_targets.teacher.fingerprint))
-        })
-    };
-    let tokenizer = |settings: &CacheSettings| {
-        format!("{} tokens, fingerprint {}", settings.tokenizer.vocab_size, short(&settings.tokenizer.fingerprint))
-    };
-    let data = |settings: &CacheSettings| format!("fingerprint {}", short(&settings.data_fingerprint));
-    let (what, left, right, way_out) = match setting.as_str() {
-        "tokenizer.fingerprint" => {
-            ("the tokenizer".into(), tokenizer(theirs), tokenizer(ours), "use the tokenizer it was begun with")
-        }
-        "soft_targets.teacher.fingerprint" => {
-            ("the teacher".into(), teacher(theirs), teacher(ours), "use the teacher it was begun with")
-        }
-        "data_fingerprint" => {
-            let way_out = "restore the [data] section, the seed and the files it was begun with";
-            ("the data".into(), data(theirs), data(ours), way_out)
-        }
-        _ => (format!("the cache setting `{setting}`"), left, right, "run with the settings it was begun with"),
-    };
-    let directory = directory.display();
-    Err(Error::Mismatch {
-        what,
-        left_name: format!("{name} {directory}"),
-        left,
-        right_name: "this run".into(),
-        right,
-        tip: format!("{way_out}, or delete {directory} to start afresh"),
-    })
-}
-
-/// Names in the folder of shards that are a shard's or its temporary file's; other files are not the cache's.
-fn shard_files(shards: &Path) -> Result<Vec<String>> {
-    let entries = match fs::read_dir(shards) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-        Err(error) => return Err(Error::io(shards)(error)),
-    };
-    let mut names = vec![];
-    for entry in entries {
-        let name = entry.map_err(Error::io(shards))?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let sealed = name.strip_suffix(TEMPORARY).unwrap_or(name);
-        let number = sealed.strip_suffix(".safetensors");
-        if number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
-            names.push(name.to_string());
-        }
+impl Open {
+    /// How many sequences the shard being filled will have.
+    fn length(&self, settings: &CacheSettings) -> Option<u64> {
+        let (Target::Shard(number) | Target::Calibration(number)) = self.target else { return None };
+        let full = settings.sequences_per_shard as u64;
+        Some(self.end.map_or(full, |end| end.saturating_sub(number * full).min(full)))
     }
-    Ok(names)
-}
 
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
-        _ => Ok(()),
+    fn seal(&mut self, part: WriterPart, counts: Counts, block: &Block, position: Option<Position>) -> Result<()> {
+        let target = self.target;
+        match target {
+            Target::Shard(number) => {
+                // Before this one is sealed, so that a second process of this part always finds a lease of the first.
+                let next = find(self, part, Some(number));
+                let filled = Filled { number, counts, block, position };
+                seal(&self.files, self.leases.owner(), self.coder.as_ref(), filled)?;
+                self.leases.release(number);
+                self.target = Target::Unknown;
+                self.target = next?;
+            }
+            Target::Calibration(number) => {
+                let filled = Filled { number, counts, block, position };
+                seal_calibration(&self.files, self.leases.owner(), filled)?;
+                self.leases.release(number);
+                self.target = Target::Unknown;
+            }
+            _ => {}
+        }
+        Ok(())
     }
 }
 
-fn empty_block(settings: &CacheSettings) -> Block {
-    let targets = settings.soft_targets.as_ref().map(|soft_targets| SparseTargets::empty(&soft_targets.temperatures));
-    Block { tokens: vec![], segments: vec![], targets }
+/// Looks for what this writer fills next, and takes its lease. `sealing`: a shard that counts as sealed.
+fn find(open: &mut Open, part: WriterPart, sealing: Option<u64>) -> Result<Target> {
+    if open.end.is_none() {
+        open.end = open.files.end()?;
+    }
+    let learning = calibration_shards(&open.files.settings, open.end);
+    if learning > 0 && open.coder.is_none() {
+        open.coder = learnt_coder(&open.files.directory, &open.files.settings)?;
+        if open.coder.is_none()
+            && let Some(target) = find_calibration(open, part, learning)?
+        {
+            return Ok(target);
+        }
+    }
+    let last = open.end.map(|end| shard_count(&open.files.settings, end));
+    let mut number = part.index();
+    loop {
+        if last.is_some_and(|last| number >= last) {
+            return Ok(Target::Nothing);
+        }
+        if sealing != Some(number) && !open.files.is_sealed(number) && is_claimed(open, part, number)? {
+            let learnt_from = if learning > 0 { calibration::sample(&open.files, number)? } else { None };
+            if open.files.is_sealed(number) {
+                open.leases.release(number);
+            } else if let Some(sample) = learnt_from {
+                let calibration::Sample { block, counts, position } = sample;
+                let filled = Filled { number, counts, block: &block, position };
+                seal(&open.files, open.leases.owner(), open.coder.as_ref(), filled)?;
+                calibration::discard(&open.files, number)?;
+                open.leases.release(number);
+            } else {
+                return Ok(Target::Shard(number));
+            }
+        }
+        number += part.count();
+    }
+}
+
+/// Looks for a shard that the coder still lacks; learns it when none is lacking.
+fn find_calibration(open: &mut Open, part: WriterPart, count: u64) -> Result<Option<Target>> {
+    let mut is_pending = false;
+    for number in 0..count {
+        let record = open.files.record_path(CALIBRATION_FOLDER, number);
+        if record.is_file() {
+            continue;
+        }
+        let folder = open.files.directory.join(CALIBRATION_FOLDER);
+        std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+        if !is_claimed(open, part, number)? {
+            is_pending = true;
+        } else if record.is_file() || learnt_coder(&open.files.directory, &open.files.settings)?.is_some() {
+            open.leases.release(number);
+        } else {
+            return Ok(Some(Target::Calibration(number)));
+        }
+    }
+    if is_pending {
+        open.coder = learnt_coder(&open.files.directory, &open.files.settings)?;
+        return Ok(open.coder.is_none().then_some(Target::Wait));
+    }
+    open.coder = match learnt_coder(&open.files.directory, &open.files.settings)? {
+        Some(coder) => Some(coder),
+        None => Some(calibration::learn(&open.files, count, open.leases.owner())?),
+    };
+    Ok(None)
+}
+
+/// Whether this writer has the lease of a shard now.
+fn is_claimed(open: &mut Open, part: WriterPart, number: u64) -> Result<bool> {
+    match open.leases.claim(number)? {
+        Claim::Held => Ok(true),
+        Claim::Busy(Some(lease)) if lease.part == part.to_string() => Err(busy(&open.files.directory, &lease)),
+        Claim::Busy(_) => Ok(false),
+    }
+}
+
+fn busy(directory: &Path, lease: &Lease) -> Error {
+    let Lease { host, pid, part, .. } = lease;
+    let tip = "wait for it to end, or stop it and start this one again";
+    Error::file(directory, format!("part {part} of this cache is being written by process {pid} on {host}"), tip)
 }

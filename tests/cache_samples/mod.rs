@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use limbeck::Result;
 use limbeck::cache::*;
 use limbeck::targets::*;
 use rand::{RngExt, SeedableRng};
@@ -72,13 +73,30 @@ pub fn exact(offsets: Vec<u64>, ids: Vec<u32>, capture: Capture) -> SparseTarget
     SparseTargets { offsets, ids, captures: vec![capture], kind: TargetKind::Exact, log_normalizer: None }
 }
 
+/// Opens a cache to write all of it.
+pub fn open(directory: &Path, settings: &CacheSettings) -> CacheWriter {
+    CacheWriter::create_or_resume(directory, settings.clone(), WriterPart::WHOLE).unwrap()
+}
+
+/// Pushes the samples that the writer asks for, of data with `count` sequences.
+pub fn fill(writer: &mut CacheWriter, count: u64) -> Result<()> {
+    loop {
+        match writer.next_push()? {
+            Next::Sequence(number) if number < count => {
+                let (sequence, targets, text_bytes) = sample(writer.settings(), number);
+                writer.push(sequence, targets, text_bytes)?;
+            }
+            Next::Sequence(_) => writer.end(count)?,
+            Next::Wait => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Next::Done => return Ok(()),
+        }
+    }
+}
+
 /// Pushes the samples that are still missing, up to `count`, and finishes.
 pub fn write(directory: &Path, settings: &CacheSettings, count: u64) -> Manifest {
-    let mut writer = CacheWriter::create_or_resume(directory, settings.clone()).unwrap();
-    for number in writer.next_sequence()..count {
-        let (sequence, targets, text_bytes) = sample(settings, number);
-        writer.push(sequence, targets, text_bytes).unwrap();
-    }
+    let mut writer = open(directory, settings);
+    fill(&mut writer, count).unwrap();
     writer.finish().unwrap()
 }
 

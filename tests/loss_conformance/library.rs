@@ -6,7 +6,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor, TensorData};
 use limbeck::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Codec, Selection, SoftTargetSettings, TeacherIdentity,
+        CacheReader, CacheSettings, CacheWriter, Codec, Selection, SoftTargetSettings, TeacherIdentity, WriterPart,
         TokenizerIdentity,
     },
     loss::{DistillLoss, DistillLossConfig, LossOutput, Weighting},
@@ -195,7 +195,7 @@ fn through_a_cache(
             temperatures: temperatures.to_vec(),
         }),
     };
-    let mut writer = CacheWriter::create_or_resume(folder.path(), settings).map_err(said)?;
+    let mut writer = CacheWriter::create_or_resume(folder.path(), settings, WriterPart::WHOLE).map_err(said)?;
     for (number, sequence) in job.sequences.iter().enumerate() {
         let rows = targets.slice(number * seq_len, (number + 1) * seq_len);
         writer.push(sequence.clone(), Some(rows), 0).map_err(said)?;
