@@ -81,7 +81,11 @@ fn verify_and_decode(codec: Codec) {
     let bytes: u64 = cache.manifest().shards.iter().map(|shard| shard.bytes).sum();
     let one_core = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     let (elapsed, _) = best(|| one_core.install(|| cache.verify().into_result().unwrap()));
-    println!("{}: verify {:.2} GB/s per core ({bytes} bytes)", codec.name(), bytes as f64 / 1e9 / elapsed.as_secs_f64());
+    println!(
+        "{}: verify {:.2} GB/s per core ({bytes} bytes)",
+        codec.name(),
+        bytes as f64 / 1e9 / elapsed.as_secs_f64()
+    );
     let batches: Vec<Vec<u64>> = (0..count).collect::<Vec<_>>().chunks(8).map(<[u64]>::to_vec).collect();
     let (elapsed, _) = best(|| {
         for batch in &batches {

@@ -252,9 +252,8 @@ impl<'a> Filler<'a> {
             while given < next && !self.options.stop_requested() && loader.next_sequence()?.is_some() {
                 given += 1;
             }
-            let progress = progress.get_or_insert_with(|| {
-                Progress::new(&label, total, Unit::Tokens).starting_at(given * seq_len)
-            });
+            let progress =
+                progress.get_or_insert_with(|| Progress::new(&label, total, Unit::Tokens).starting_at(given * seq_len));
             if self.options.stop_requested() {
                 continue;
             }

@@ -113,7 +113,7 @@ fn dying_at_any_operation_gives_the_same_bytes() {
     // While the cache is begun.
     let begun = &states[0]["begun.json"];
     check(Files::new(), "an empty directory");
-    for length in (0..=begun.len()).step_by(7) {
+    for length in (0..=begun.len()).step_by(53) {
         check([(format!("begun.json.{owner}.tmp"), begun[..length].to_vec())].into(), "a torn first file");
     }
     check([("begun.json".to_string(), begun.clone())].into(), "a cache that is only begun");
@@ -130,13 +130,13 @@ fn dying_at_any_operation_gives_the_same_bytes() {
     let before = &with(before, &[("leases/00002", &after["leases/00002"])]);
     let (shard, record) = (&after["shards/00001.safetensors"], &after["sealed/00001.json"]);
     let temporary = format!("shards/00001.safetensors.{owner}.tmp");
-    for length in (0..=shard.len()).step_by(31).chain([shard.len()]) {
+    for length in (0..=shard.len()).step_by(97).chain([shard.len()]) {
         let next = check(with(before, &[(&temporary, &shard[..length])]), "a torn temporary shard");
         assert_eq!(next, Next::Sequence(3));
     }
     let written_as = format!("shards/{}", named(record, "written_as"));
     let record_name = format!("sealed/00001.json.{owner}.tmp");
-    for length in (0..=record.len()).step_by(7).chain([record.len()]) {
+    for length in (0..=record.len()).step_by(41).chain([record.len()]) {
         let left = with(before, &[(&temporary, shard), (&record_name, &record[..length])]);
         assert_eq!(check(left, "a torn record"), Next::Sequence(3));
     }
@@ -158,7 +158,7 @@ fn dying_at_any_operation_gives_the_same_bytes() {
     let sealed = left_by(interrupted.path());
     drop(writer);
     let end = &sealed["end.json"];
-    for length in 0..=end.len() {
+    for length in (0..=end.len()).step_by(17).chain([end.len()]) {
         let name = format!("end.json.{owner}.tmp");
         let left = with(&states[COUNT as usize], &[(&name, &end[..length])]);
         assert_eq!(check(left, "a torn end"), Next::Sequence(9));
@@ -172,7 +172,7 @@ fn dying_at_any_operation_gives_the_same_bytes() {
     assert_eq!(check(sealed.clone(), "all shards sealed"), Next::Done);
     let manifest = &finished["manifest.json"];
     let name = format!("manifest.json.{owner}.tmp");
-    for length in (0..=manifest.len()).step_by(97).chain([manifest.len()]) {
+    for length in (0..=manifest.len()).step_by(211).chain([manifest.len()]) {
         let left = with(&sealed, &[(&name, &manifest[..length])]);
         assert_eq!(check(left, "a torn temporary manifest"), Next::Done);
     }
@@ -185,7 +185,7 @@ fn dying_at_any_operation_gives_the_same_bytes() {
         left.remove(&name);
     }
     assert_eq!(check(left, "a finished cache"), Next::Done);
-    assert!(tried > 200, "{tried}");
+    assert!(tried > 80, "{tried}");
 }
 
 #[test]
@@ -222,7 +222,8 @@ fn the_position_of_the_loader_comes_back_with_the_sealed_shards() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = open(folder.path(), &small());
     assert_eq!(writer.position(0, 3).unwrap(), None);
-    let position = |sequence: u64| Position { sequence, loader: serde_json::json!({ "file": "a.txt", "byte": sequence }) };
+    let position =
+        |sequence: u64| Position { sequence, loader: serde_json::json!({ "file": "a.txt", "byte": sequence }) };
     // Batches of two, cut at the borders of shards.
     let mut next = 0;
     while next < 8 {
@@ -376,7 +377,8 @@ fn what_no_crash_leaves_is_refused_and_nothing_removed() {
     assert_eq!(message(&with(nine, &[("end.json", b"{}")])), expected);
     // A record in the place of another.
     let swapped = with(nine, &[("sealed/00001.json", &nine["sealed/00000.json"])]);
-    let expected = "sealed/00001.json: it is the record of `shards/00000.safetensors`, not of `shards/00001.safetensors`; ";
+    let expected =
+        "sealed/00001.json: it is the record of `shards/00000.safetensors`, not of `shards/00001.safetensors`; ";
     assert!(message(&swapped).starts_with(&format!("{directory}/{expected}")));
 
     let mut left = nine.clone();

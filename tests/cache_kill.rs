@@ -34,9 +34,12 @@ fn child_process_writes_a_cache() {
         return;
     }
     let part = std::env::var(PART).unwrap().parse().unwrap();
-    let mut writer = CacheWriter::create_or_resume(&directory, settings, part).unwrap();
-    fill(&mut writer, count).unwrap();
-    writer.finish_part().unwrap();
+    let written = CacheWriter::create_or_resume(&directory, settings, part).and_then(|mut writer| {
+        fill(&mut writer, count)?;
+        writer.finish_part()
+    });
+    // As a user reads it.
+    written.unwrap_or_else(|error| panic!("{error}"));
 }
 
 fn child() -> Command {

@@ -49,21 +49,22 @@ fn writers_in_turn_give_the_bytes_of_one() {
         let folder = tempfile::tempdir().unwrap();
         let mut writers: Vec<_> = (0..count).map(|index| part(folder.path(), index, count).unwrap()).collect();
         let mut turn = 0;
-        let mut finished = 0;
+        let mut outcomes = vec![];
         while !writers.is_empty() {
             turn = (turn + 5) % writers.len();
             if step(&mut writers[turn], COUNT) {
                 continue;
             }
-            match writers.remove(turn).finish_part().unwrap() {
-                Outcome::Finished(manifest) => {
-                    assert_eq!(manifest.counts.sequences, COUNT);
-                    finished += 1;
-                }
+            outcomes.push(writers.remove(turn).finish_part().unwrap());
+        }
+        assert_eq!(outcomes.len() as u64, count);
+        for outcome in &outcomes {
+            match outcome {
+                Outcome::Finished(manifest) => assert_eq!(manifest.counts.sequences, COUNT),
                 Outcome::Missing(missing) => assert!(!missing.shards.is_empty(), "{missing:?}"),
             }
         }
-        assert_eq!(finished, 1, "the last of {count} finishes the cache");
+        assert!(matches!(outcomes.last(), Some(Outcome::Finished(_))), "the last of {count} finishes the cache");
         assert!(files(folder.path()) == expected, "{count} writers");
     }
 }
@@ -313,6 +314,9 @@ fn parts_that_do_not_belong_together_are_refused_naming_both() {
     let error = merge(&inputs[0], &inputs).map(drop).unwrap_err().to_string();
     assert_eq!(
         error,
-        format!("{} is both a part and where the parts are merged; name another directory for the merged cache", names[0])
+        format!(
+            "{} is both a part and where the parts are merged; name another directory for the merged cache",
+            names[0]
+        )
     );
 }

@@ -169,8 +169,8 @@ fn copy(out: &Path, parts: &[Input], count: u64, sequences: u64) -> Result<Manif
         let named = format!("the unfinished cache {}", out.display());
         same_settings((named, &files.settings), (parts[0].name(), settings), "name another directory")?;
     }
-    files.discard_leftovers()?;
     check_sealed(&files)?;
+    files.discard_leftovers()?;
     let coder = parts.iter().find_map(|part| part.coder.as_ref());
     if let Some(bytes) = coder {
         durable::write_new(&out.join(CODER_FILE), leases.owner(), bytes)?;
@@ -180,7 +180,8 @@ fn copy(out: &Path, parts: &[Input], count: u64, sequences: u64) -> Result<Manif
         let part = parts.iter().find(|part| part.records.contains_key(&number)).expect("none is missing");
         let record = &part.records[&number];
         if let Claim::Busy(lease) = leases.claim(number)? {
-            let who = lease.map_or("another process".into(), |lease| format!("process {} on {}", lease.pid, lease.host));
+            let who =
+                lease.map_or("another process".into(), |lease| format!("process {} on {}", lease.pid, lease.host));
             return Err(Error::file(out, format!("{who} is writing this cache"), "wait for it to end, or stop it"));
         }
         match files.record(SEALED_FOLDER, number)? {

@@ -133,7 +133,8 @@ impl CacheReader {
                 let hash = blake3::hash(&bytes).to_hex();
                 if bytes.len() as u64 != record.bytes || hash.as_str() != record.blake3 {
                     let (named, actual) = (short(&record.blake3), short(&hash));
-                    let problem = format!("it is damaged: the manifest names the hash {named}, its bytes have {actual}");
+                    let problem =
+                        format!("it is damaged: the manifest names the hash {named}, its bytes have {actual}");
                     return Err(Error::file(path, problem, DAMAGED));
                 }
                 Some(read_coder(&manifest.settings, &bytes, &path)?)
@@ -165,9 +166,7 @@ impl CacheReader {
             return Err(Error::usage(problem, "shards are numbered from 0"));
         }
         let shard = self.open_shard(number)?;
-        shard
-            .verify(&self.manifest.settings, self.coder.as_ref())
-            .map_err(|problem| self.shard_error(number, problem))
+        shard.verify(&self.manifest.settings, self.coder.as_ref()).map_err(|problem| self.shard_error(number, problem))
     }
 
     pub(crate) fn shard_error(&self, number: usize, problem: impl Into<String>) -> Error {
@@ -178,8 +177,7 @@ impl CacheReader {
     /// Name and number of bytes of each tensor of a shard; what is not a codec's tensor is left out.
     pub(crate) fn tensor_sizes(&self, number: usize) -> Result<Vec<(String, u64)>> {
         let shard = self.shard(number)?;
-        let mut sizes: Vec<_> =
-            shard.index.sizes().map(|(name, bytes)| (name.to_string(), bytes as u64)).collect();
+        let mut sizes: Vec<_> = shard.index.sizes().map(|(name, bytes)| (name.to_string(), bytes as u64)).collect();
         let list = shard.file.blocks() * super::blocks::HASH_BYTES;
         if list > 0 {
             sizes.push((super::shard::BLOCK_HASHES.to_string(), list));

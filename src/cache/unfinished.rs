@@ -199,8 +199,7 @@ impl Unfinished {
     /// Numbers of the records in a folder, in their order.
     pub(crate) fn numbers(&self, folder: &str) -> Result<Vec<u64>> {
         let names = durable::file_names(&self.directory.join(folder))?;
-        let mut numbers: Vec<u64> =
-            names.iter().filter_map(|name| name.strip_suffix(".json")?.parse().ok()).collect();
+        let mut numbers: Vec<u64> = names.iter().filter_map(|name| name.strip_suffix(".json")?.parse().ok()).collect();
         numbers.sort_unstable();
         Ok(numbers)
     }
@@ -298,9 +297,8 @@ impl Unfinished {
                 }
                 // Asking for the record also gives a shard its name, if that is all it lacks.
                 if let (true, Some(records), Some(number)) = (is_data, records, number)
-                    && self.record(records, number)?.is_some_and(|sealed| {
-                        sealed.written_as == name || sealed.shard.file.ends_with(&format!("/{name}"))
-                    })
+                    && let Some(sealed) = self.record(records, number)?
+                    && (sealed.written_as == name || !name.ends_with(TEMPORARY))
                 {
                     continue;
                 }

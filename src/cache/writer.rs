@@ -117,8 +117,8 @@ impl CacheWriter {
             if files.settings.first_difference(settings).is_some() && !files.rebegin(settings, leases.owner())? {
                 same_settings((named("the unfinished cache"), &files.settings), this_run(), &afresh)?;
             }
-            files.discard_leftovers()?;
             check_sealed(&files)?;
+            files.discard_leftovers()?;
             let end = files.end()?;
             State::Unfinished(Box::new(Open { files, leases, target: Target::Unknown, end, coder: None }))
         };

@@ -6,8 +6,8 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor, TensorData};
 use limbeck::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Codec, Selection, SoftTargetSettings, TeacherIdentity, WriterPart,
-        TokenizerIdentity,
+        CacheReader, CacheSettings, CacheWriter, Codec, Selection, SoftTargetSettings, TeacherIdentity,
+        TokenizerIdentity, WriterPart,
     },
     loss::{DistillLoss, DistillLossConfig, LossOutput, Weighting},
     targets::{DistillBatch, SparseTargets, TargetKind, TargetSource},
