@@ -87,7 +87,7 @@ pub(crate) struct Model {
     pub together: Lists,
     pub weights: Vec<i16>,
     /// By id: the weight of its class.
-    base: Vec<i32>,
+    base: Vec<i16>,
 }
 
 impl Model {
@@ -97,15 +97,15 @@ impl Model {
         order.sort_by_key(|id| (std::cmp::Reverse(classes[*id as usize]), *id));
         let mut places = vec![0; classes.len()];
         order.iter().enumerate().for_each(|(place, id)| places[*id as usize] = place as u32);
-        let base: Vec<i32> = classes.iter().map(|class| i32::from(weights[CLASS_WEIGHTS + *class as usize])).collect();
+        let base: Vec<i16> = classes.iter().map(|class| weights[CLASS_WEIGHTS + *class as usize]).collect();
         for (kind, lists) in [(evidence::FOLLOWS, &mut follows), (evidence::WITH_LABEL, &mut together)] {
             let score =
-                |id: u32, strength: u8| base[id as usize] + i32::from(weights[kind * STRENGTHS + strength as usize]);
+                |id: u32, strength: u8| base[id as usize].wrapping_add(weights[kind * STRENGTHS + strength as usize]);
             for token in 0..classes.len() {
                 let range = lists.starts[token] as usize..lists.starts[token + 1] as usize;
                 let mut entries: Vec<(u32, u8)> =
                     range.clone().map(|place| (lists.ids[place], lists.strengths[place])).collect();
-                entries.sort_by_key(|entry| (-score(entry.0, entry.1), entry.0));
+                entries.sort_by_key(|entry| (std::cmp::Reverse(score(entry.0, entry.1)), entry.0));
                 for (place, (id, strength)) in range.zip(entries) {
                     lists.ids[place] = id;
                     lists.strengths[place] = strength;
@@ -244,7 +244,7 @@ pub(crate) fn evidence_of(
 /// Ranks ids; keeps its room from row to row.
 pub(crate) struct Ranker {
     /// By id: its score, or [`UNTOUCHED`].
-    scores: Vec<i32>,
+    scores: Vec<i16>,
     touched: Vec<u32>,
     keys: Vec<u8>,
     /// Candidates, best first, and the bucket of each.
@@ -252,7 +252,8 @@ pub(crate) struct Ranker {
     pub buckets: Vec<u8>,
 }
 
-const UNTOUCHED: i32 = i32::MIN;
+/// Sums wrap at 16 bits: scores that a calibration gives are far from that, and a damaged coder's only must not panic.
+const UNTOUCHED: i16 = i16::MIN;
 
 impl Ranker {
     pub(crate) fn new(vocab_size: usize) -> Self {
@@ -284,19 +285,19 @@ impl Ranker {
             touched[count] = id;
             count += usize::from(new);
             let before = if new { model.base[id as usize] } else { *score };
-            *score = before + i32::from(weights[kind * STRENGTHS + strength as usize]);
+            *score = before.wrapping_add(weights[kind * STRENGTHS + strength as usize]);
         });
         let mut shift = -LEAST_SCORE;
         for (fact, weight) in facts.iter().zip(&model.weights[FACT_WEIGHTS..]) {
             shift += if *fact { i32::from(*weight) } else { 0 };
         }
-        scores[known.top as usize] = i32::MIN / 2;
+        scores[known.top as usize] = UNTOUCHED + 1;
         keys.clear();
         let mut ends = [0u32; SORT_BUCKETS + 1];
         for id in &touched[..count] {
             let score = std::mem::replace(&mut scores[*id as usize], UNTOUCHED);
             // The best bucket comes first; the last of all is for those that are dropped.
-            let bucket = ((score + shift) >> 2).clamp(-1, SORT_BUCKETS as i32 - 1);
+            let bucket = ((i32::from(score) + shift) >> 2).clamp(-1, SORT_BUCKETS as i32 - 1);
             let key = (SORT_BUCKETS as i32 - 1 - bucket) as usize;
             keys.push(key as u8);
             ends[key] += 1;
