@@ -197,6 +197,7 @@ impl<'a> Filler<'a> {
             seq_len: self.inputs.data.seq_len,
             sequences_per_shard: self.recipe.cache.sequences_per_shard,
             codec: self.recipe.cache.codec,
+            levels: self.recipe.cache.levels,
             soft_targets: self
                 .soft_targets
                 .clone()

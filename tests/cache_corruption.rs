@@ -351,7 +351,7 @@ fn an_edited_manifest_with_a_root_that_agrees_must_still_make_sense() {
         (
             "\"error\": null",
             "\"error\": { \"rows\": 1, \"kl_sum\": 0.0, \"kl_max\": 0.0, \"squared_error\": 0.0, \"squared_norm\": 0.0, \
-             \"log_max\": 0.0 }",
+             \"tail_max\": 0.0, \"label_max\": 0.0 }",
             "its error is not the sum of its shards' errors",
         ),
     ] {

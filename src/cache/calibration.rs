@@ -21,7 +21,7 @@ pub(crate) fn calibration_shards(settings: &CacheSettings, end: Option<u64>) -> 
 
 /// Settings under which the shards to learn from are kept.
 fn raw(settings: &CacheSettings) -> CacheSettings {
-    CacheSettings { codec: Codec::Raw, ..settings.clone() }
+    CacheSettings { codec: Codec::Raw, levels: None, ..settings.clone() }
 }
 
 /// A shard to learn from.
@@ -91,6 +91,7 @@ mod tests {
             seq_len: 4,
             sequences_per_shard: 2,
             codec: Codec::Ranked,
+            levels: None,
             soft_targets: Some(SoftTargetSettings {
                 teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
                 selection: Selection::TopK { k: 3 },

@@ -10,11 +10,17 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{QuantiserError, ShardRecord};
-use super::raw;
+use super::quantizer::RowKind;
+use super::record::RecordShape;
 use super::settings::CacheSettings;
 use super::shard::{TensorBytes, TensorIndex, Tensors};
+use super::{raw, records};
 use crate::error::Result;
-use crate::targets::{SparseTargets, TargetKind};
+use crate::selection::Selection;
+use crate::targets::{PackedSequence, SparseTargets, TargetKind};
+
+/// Tokens that `compact` learns from: more of them made records hardly smaller.
+const CALIBRATION_TOKENS: u64 = 262_144;
 
 /// The encodings of a shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +29,10 @@ pub enum Codec {
     /// 32-bit ids and 32-bit log-probabilities: exact, and large.
     #[default]
     Raw,
+    /// Ids and levels in bit fields of fixed widths: a third of the bytes, and fast to read.
+    Packed,
+    /// Ids and levels entropy coded with tables that were learnt from the data: the smallest.
+    Compact,
     /// `raw` with ids in the order of how often they are kept: a codec that learns, in little.
     #[cfg(test)]
     Ranked,
@@ -42,11 +52,19 @@ pub(crate) struct Block {
 impl Block {
     /// No sequences yet, of a cache with these settings.
     pub(crate) fn empty(settings: &CacheSettings) -> Block {
-        let targets = settings.soft_targets.as_ref().map(|soft| SparseTargets {
-            kind: soft.selection.kind(),
-            ..SparseTargets::empty(&soft.temperatures)
-        });
+        let targets = settings
+            .soft_targets
+            .as_ref()
+            .map(|soft| SparseTargets { kind: soft.selection.kind(), ..SparseTargets::empty(&soft.temperatures) });
         Block { tokens: vec![], segments: vec![], targets }
+    }
+
+    /// One of its sequences, with its rows.
+    pub(crate) fn sequence(&self, number: usize, seq_len: usize) -> (PackedSequence, Option<SparseTargets>) {
+        let places = number * (seq_len + 1)..(number + 1) * (seq_len + 1);
+        let sequence =
+            PackedSequence { tokens: self.tokens[places.clone()].to_vec(), segments: self.segments[places].to_vec() };
+        (sequence, self.targets.as_ref().map(|targets| targets.slice(number * seq_len, (number + 1) * seq_len)))
     }
 }
 
@@ -60,6 +78,7 @@ pub(crate) struct Shape {
     /// `None` in a cache of tokens only.
     pub temperatures: Option<Vec<f32>>,
     pub kind: TargetKind,
+    record: RecordShape,
 }
 
 impl Shape {
@@ -67,12 +86,38 @@ impl Shape {
     pub(crate) fn of(settings: &CacheSettings, record: &ShardRecord) -> Shape {
         Shape {
             sequences: record.counts.sequences as usize,
-            seq_len: settings.seq_len,
             kept_ids: record.counts.kept_ids as usize,
-            vocab_size: settings.tokenizer.vocab_size,
-            temperatures: settings.soft_targets.as_ref().map(|soft_targets| soft_targets.temperatures.clone()),
-            kind: settings.soft_targets.as_ref().map_or_else(TargetKind::default, |soft| soft.selection.kind()),
+            ..Shape::of_settings(settings)
         }
+    }
+
+    /// Of a shard without sequences.
+    pub(crate) fn of_settings(settings: &CacheSettings) -> Shape {
+        let soft_targets = settings.soft_targets.as_ref();
+        let (seq_len, vocab_size) = (settings.seq_len, settings.tokenizer.vocab_size);
+        let kind = soft_targets.map_or(RowKind::Exact, |soft| row_kind(&soft.selection));
+        let record = RecordShape::new(seq_len, vocab_size, settings.temperatures(), kind, settings.levels());
+        Shape {
+            sequences: 0,
+            seq_len,
+            kept_ids: 0,
+            vocab_size,
+            temperatures: soft_targets.map(|soft_targets| soft_targets.temperatures.clone()),
+            kind: soft_targets.map_or_else(TargetKind::default, |soft| soft.selection.kind()),
+            record: record.expect("settings are checked before they are used"),
+        }
+    }
+
+    pub(crate) fn record(&self) -> &RecordShape {
+        &self.record
+    }
+
+    /// No sequences yet, of a shard of this shape.
+    pub(crate) fn empty_block(&self) -> Block {
+        let targets = self.temperatures.as_ref();
+        let targets =
+            targets.map(|temperatures| SparseTargets { kind: self.kind, ..SparseTargets::empty(temperatures) });
+        Block { tokens: vec![], segments: vec![], targets }
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -80,9 +125,21 @@ impl Shape {
     }
 }
 
+/// What the values of rows are that were selected so.
+fn row_kind(selection: &Selection) -> RowKind {
+    match *selection {
+        Selection::MinProb { .. } | Selection::TopK { .. } | Selection::TopP { .. } => RowKind::Exact,
+        Selection::ThresholdSampled { threshold, .. } => {
+            RowKind::ThresholdSampled { log_threshold: threshold.ln() as f32 }
+        }
+        Selection::Sampled { draws, .. } => RowKind::Sampled { draws: draws.min(usize::from(u16::MAX)) as u16 },
+    }
+}
+
 /// What a codec learnt from the data, ready for use.
 #[derive(Debug, Clone)]
 pub(crate) enum Coder {
+    Compact(Box<super::coder::Coder>),
     #[cfg(test)]
     Ranked(super::ranked::Ranks),
 }
@@ -99,15 +156,30 @@ impl Codec {
     pub fn name(self) -> &'static str {
         match self {
             Codec::Raw => "raw",
+            Codec::Packed => "packed",
+            Codec::Compact => "compact",
             #[cfg(test)]
             Codec::Ranked => "ranked",
+        }
+    }
+
+    /// Levels of its quantiser when the settings do not say; `None` for codecs that round nothing.
+    pub fn default_levels(self) -> Option<u16> {
+        match self {
+            Codec::Raw => None,
+            // A field of six bits.
+            Codec::Packed => Some(63),
+            Codec::Compact => Some(96),
+            #[cfg(test)]
+            Codec::Ranked => None,
         }
     }
 
     /// How many tokens it learns from before it encodes anything; `None` if it has nothing to learn.
     pub(crate) fn calibration_tokens(self) -> Option<u64> {
         match self {
-            Codec::Raw => None,
+            Codec::Raw | Codec::Packed => None,
+            Codec::Compact => Some(CALIBRATION_TOKENS),
             #[cfg(test)]
             Codec::Ranked => Some(30),
         }
@@ -121,9 +193,9 @@ impl Codec {
         settings: &CacheSettings,
         blocks: &mut dyn Iterator<Item = Result<Block>>,
     ) -> Result<Vec<u8>> {
-        let _ = (settings, &blocks);
         match self {
-            Codec::Raw => unreachable!("it says that it has nothing to learn"),
+            Codec::Raw | Codec::Packed => unreachable!("it says that it has nothing to learn"),
+            Codec::Compact => records::learn(settings, blocks),
             #[cfg(test)]
             Codec::Ranked => super::ranked::learn(settings, blocks),
         }
@@ -132,9 +204,9 @@ impl Codec {
     /// Reads what [`learn`](Self::learn) wrote. The hash of the bytes agreed; what is wrong with them all the same is
     /// said in the error.
     pub(crate) fn read_coder(self, settings: &CacheSettings, bytes: &[u8]) -> Result<Coder, String> {
-        let _ = (settings, bytes);
         match self {
-            Codec::Raw => Err("the codec `raw` has no coder".into()),
+            Codec::Raw | Codec::Packed => Err(format!("the codec `{}` has no coder", self.name())),
+            Codec::Compact => records::read_coder(settings, bytes).map(Box::new).map(Coder::Compact),
             #[cfg(test)]
             Codec::Ranked => super::ranked::read(settings, bytes).map(Coder::Ranked),
         }
@@ -142,9 +214,9 @@ impl Codec {
 
     /// The tensors of a shard.
     pub(crate) fn encode<'a>(self, block: &'a Block, shape: &Shape, coder: Option<&Coder>) -> Encoded<'a> {
-        let _ = coder;
         match self {
             Codec::Raw => Encoded { tensors: raw::encode(block, shape), error: None },
+            Codec::Packed | Codec::Compact => records::encode(self, block, shape, coder),
             #[cfg(test)]
             Codec::Ranked => super::ranked::encode(block, shape, coder),
         }
@@ -154,6 +226,7 @@ impl Codec {
     pub(crate) fn check(self, index: &TensorIndex, shape: &Shape) -> Result<(), String> {
         match self {
             Codec::Raw => raw::check(index, shape),
+            Codec::Packed | Codec::Compact => records::check(index, shape),
             #[cfg(test)]
             Codec::Ranked => raw::check(index, shape),
         }
@@ -161,9 +234,9 @@ impl Codec {
 
     /// Whether the content of a shard makes sense throughout, after every block was checked.
     pub(crate) fn verify(self, tensors: &Tensors<'_>, shape: &Shape, coder: Option<&Coder>) -> Result<(), String> {
-        let _ = coder;
         match self {
             Codec::Raw => raw::verify(tensors, shape),
+            Codec::Packed | Codec::Compact => records::verify(self, tensors, shape, coder),
             #[cfg(test)]
             Codec::Ranked => raw::verify(tensors, shape),
         }
@@ -179,9 +252,9 @@ impl Codec {
         range: Range<usize>,
         into: &mut Block,
     ) -> Result<(), String> {
-        let _ = coder;
         match self {
             Codec::Raw => raw::decode(tensors, shape, range, into),
+            Codec::Packed | Codec::Compact => records::decode(self, tensors, shape, coder, range, into),
             #[cfg(test)]
             Codec::Ranked => super::ranked::decode(tensors, shape, coder, range, into),
         }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::DAMAGED;
+use super::record::QuantisationError;
 use super::settings::{CacheSettings, Selection};
 use super::shard;
 use super::source::{CacheFiles, LocalFiles, read_whole};
@@ -129,11 +130,26 @@ pub struct QuantiserError {
     /// Of the kept probabilities: sum of the squares of their errors, and of their own squares.
     pub squared_error: f64,
     pub squared_norm: f64,
-    /// Largest difference of a log tail or of a label's log-probability.
-    pub log_max: f64,
+    /// Largest error of a tail, as a probability.
+    pub tail_max: f64,
+    /// Largest error of a label's log-probability, in nats.
+    pub label_max: f64,
 }
 
 impl QuantiserError {
+    pub(crate) fn of(error: &QuantisationError) -> QuantiserError {
+        QuantiserError {
+            rows: error.rows,
+            // JSON has no infinity.
+            kl_sum: error.divergence_sum.min(f64::MAX),
+            kl_max: error.divergence_max.min(f64::MAX),
+            squared_error: error.squared_error,
+            squared_norm: error.squared_norm,
+            tail_max: error.tail_max,
+            label_max: error.label_max,
+        }
+    }
+
     /// Of both together. Sums of floats depend on their order: add shards in theirs.
     pub fn add(self, other: QuantiserError) -> QuantiserError {
         QuantiserError {
@@ -142,7 +158,8 @@ impl QuantiserError {
             kl_max: self.kl_max.max(other.kl_max),
             squared_error: self.squared_error + other.squared_error,
             squared_norm: self.squared_norm + other.squared_norm,
-            log_max: self.log_max.max(other.log_max),
+            tail_max: self.tail_max.max(other.tail_max),
+            label_max: self.label_max.max(other.label_max),
         }
     }
 }

@@ -26,14 +26,15 @@ mod owner;
 mod packed;
 mod part;
 mod quantizer;
-mod rans;
 #[cfg(test)]
 mod ranked;
+mod rans;
 mod raw;
 mod reader;
 mod record;
 #[cfg(test)]
 mod record_tests;
+mod records;
 mod rows;
 mod sealing;
 mod settings;

@@ -3,8 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::Codec;
+use super::quantizer::MAX_STEPS;
 use crate::error::{Error, Result};
 pub use crate::selection::Selection;
+use crate::targets::TargetKind;
 
 /// The settings of one cache. Two caches with equal settings and equal data hold the same sequences.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,6 +22,9 @@ pub struct CacheSettings {
     /// Sequences per shard; only the last shard may hold fewer.
     pub sequences_per_shard: usize,
     pub codec: Codec,
+    /// Levels that a probability's square root is rounded to; `None` with an exact codec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub levels: Option<u16>,
     /// `None` in a cache of tokens only.
     pub soft_targets: Option<SoftTargetSettings>,
 }
@@ -75,7 +80,28 @@ impl CacheSettings {
         if self.split.is_empty() {
             return Err(Error::usage("the cache setting `split` is empty", "name it `train` or `held_out`"));
         }
+        if let Some(levels) = self.levels {
+            let Some(usual) = self.codec.default_levels() else {
+                let problem = format!("the codec `{}` rounds nothing, and has no levels", self.codec.name());
+                return Err(Error::usage(problem, "leave out [cache] levels, or choose packed or compact"));
+            };
+            if !(1..=MAX_STEPS).contains(&levels) {
+                let problem = format!("probabilities cannot be rounded to {levels} levels");
+                return Err(Error::usage(problem, format!("give [cache] levels from 1 to {MAX_STEPS}, as {usual}")));
+            }
+        }
         let Some(soft_targets) = &self.soft_targets else { return Ok(()) };
+        let rounds = self.codec.default_levels().is_some();
+        if rounds && soft_targets.selection.kind() == TargetKind::Sampled && soft_targets.temperatures.len() > 1 {
+            let problem = format!("the codec `{}` cannot hold drawn ids at several temperatures", self.codec.name());
+            return Err(Error::usage(problem, "set [cache] codec = \"raw\", or give one temperature"));
+        }
+        if let (true, Selection::Sampled { draws, .. }) = (rounds, &soft_targets.selection)
+            && *draws > usize::from(u16::MAX)
+        {
+            let problem = format!("the codec `{}` cannot hold {draws} draws", self.codec.name());
+            return Err(Error::usage(problem, format!("draw at most {}, or set [cache] codec = \"raw\"", u16::MAX)));
+        }
         soft_targets.selection.check(vocab_size).map_err(|unusable| {
             let (name, parameter) = (soft_targets.selection.name(), unusable.parameter);
             Error::usage(format!("the selection {name} has a {parameter} that {}", unusable.problem), unusable.tip)
@@ -95,6 +121,11 @@ impl CacheSettings {
             }
         }
         Ok(())
+    }
+
+    /// Levels of the quantiser; of no meaning with an exact codec.
+    pub(crate) fn levels(&self) -> u16 {
+        self.levels.or(self.codec.default_levels()).unwrap_or(1)
     }
 
     /// The temperatures captured; none in a cache of tokens only.
@@ -150,6 +181,7 @@ mod tests {
             seq_len: 8,
             sequences_per_shard: 2,
             codec: Codec::Raw,
+            levels: None,
             soft_targets: Some(SoftTargetSettings {
                 teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
                 selection: Selection::TopK { k: 4 },

@@ -220,6 +220,11 @@ impl TensorIndex {
         self.tensors.contains_key(name)
     }
 
+    /// Bytes of a tensor, if it is there.
+    pub(crate) fn length(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).map(|entry| entry.data_offsets.1 - entry.data_offsets.0)
+    }
+
     /// Whether the shard has exactly the tensors of `layout`.
     pub(crate) fn check(&self, layout: &[(String, Dtype, Vec<usize>)]) -> Result<(), String> {
         for (name, dtype, shape) in layout {
@@ -264,6 +269,10 @@ impl<'a> Tensors<'a> {
         }
         let start = self.index.base + start;
         self.file.bytes((start + range.start * size) as u64..(start + range.end * size) as u64)
+    }
+
+    pub(crate) fn u8s(&self, name: &str, range: Range<usize>) -> Result<Cow<'a, [u8]>, String> {
+        self.elements(name, 1, range)
     }
 
     /// Appends elements of a tensor to `into`.

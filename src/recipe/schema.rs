@@ -115,8 +115,11 @@ pub struct CacheSection {
     pub top_k: Option<usize>,
     /// Temperatures at which probabilities and tail are captured. Default `[1.0]`.
     pub temperatures: Vec<f64>,
-    /// How the targets are stored. Default `raw`.
+    /// How the targets are stored: `raw` exactly, `packed` and `compact` rounded and smaller. Default `raw`.
     pub codec: Codec,
+    /// Levels that the square root of a probability is rounded to, with `packed` (default 63) and `compact` (96).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub levels: Option<u16>,
     /// Packed sequences in one shard file. Default 512.
     pub sequences_per_shard: usize,
     /// The cache directory. Default `cache` in the run directory.
@@ -130,6 +133,7 @@ impl Default for CacheSection {
             top_k: None,
             temperatures: vec![1.0],
             codec: Codec::Raw,
+            levels: None,
             sequences_per_shard: 512,
             dir: None,
         }

@@ -20,6 +20,7 @@ pub fn settings(seq_len: usize, sequences_per_shard: usize, temperatures: &[f32]
         seq_len,
         sequences_per_shard,
         codec: Codec::Raw,
+        levels: None,
         soft_targets: (!temperatures.is_empty()).then(|| SoftTargetSettings {
             teacher: TeacherIdentity {
                 name: "Scout".into(),

@@ -189,6 +189,7 @@ fn through_a_cache(
         seq_len,
         sequences_per_shard: job.sequences.len(),
         codec: Codec::Raw,
+        levels: None,
         soft_targets: Some(SoftTargetSettings {
             teacher,
             selection: Selection::TopK { k: keep.iter().copied().max().unwrap_or(1) },

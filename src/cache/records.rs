@@ -1,0 +1,161 @@
+//! Shards of the codecs that write one record for each sequence, `packed` and `compact`: an index and the records.
+//!
+//! Knows where records lie, which codec reads them and in which threads; what is in one is `record.rs`'s business.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+
+use super::calibrate::CalibrationSettings;
+use super::codec::{Block, Codec, Coder as CodecCoder, Encoded, Shape};
+use super::coder::Coder;
+use super::manifest::QuantiserError;
+use super::record::QuantisationError;
+use super::settings::CacheSettings;
+use super::shard::{TensorBytes, TensorIndex, Tensors};
+use super::walk::Workspace;
+use super::{compact, packed};
+use crate::error::{Error, Result};
+use crate::targets::{PackedSequence, SparseTargets};
+
+const OFFSETS: &str = "record_offsets";
+const RECORDS: &str = "records";
+
+thread_local! {
+    /// Of the last vocabulary that this thread coded for.
+    static WORKSPACE: RefCell<Option<(usize, Workspace)>> = const { RefCell::new(None) };
+}
+
+fn with_workspace<R>(vocab_size: usize, use_it: impl FnOnce(&mut Workspace) -> R) -> R {
+    WORKSPACE.with_borrow_mut(|place| {
+        if place.as_ref().is_none_or(|(size, _)| *size != vocab_size) {
+            *place = None;
+        }
+        let (_, space) = place.get_or_insert_with(|| (vocab_size, Workspace::new(vocab_size)));
+        use_it(space)
+    })
+}
+
+/// The tables of a `compact` cache, learnt from the blocks of its first shards.
+pub(crate) fn learn(settings: &CacheSettings, blocks: &mut dyn Iterator<Item = Result<Block>>) -> Result<Vec<u8>> {
+    let shape = Shape::of_settings(settings);
+    let mut sample: Vec<(PackedSequence, Option<SparseTargets>)> = vec![];
+    for block in blocks {
+        let block = block?;
+        sample
+            .extend((0..block.tokens.len() / (shape.seq_len + 1)).map(|number| block.sequence(number, shape.seq_len)));
+    }
+    let sequences = sample.iter().map(|(sequence, targets)| (sequence, targets.as_ref()));
+    let coder = Coder::calibrate(sequences, shape.record(), CalibrationSettings::default());
+    let tensors = coder.to_tensors();
+    let views = tensors.iter().map(|(name, bytes)| {
+        (*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes).expect("bytes have the length they have"))
+    });
+    safetensors::serialize(views, None)
+        .map_err(|error| Error::usage(format!("the coder cannot be written: {error}"), "this is a mistake in limbeck"))
+}
+
+/// Reads what [`learn`] wrote.
+pub(crate) fn read_coder(settings: &CacheSettings, bytes: &[u8]) -> Result<Coder, String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is not a safetensors file: {error}"))?;
+    Coder::from_tensors(
+        |name| file.tensor(name).ok().map(|tensor| tensor.data().to_vec()),
+        settings.tokenizer.vocab_size,
+    )
+}
+
+pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: Option<&CodecCoder>) -> Encoded<'a> {
+    let record_shape = shape.record();
+    let encoded: Vec<(Vec<u8>, QuantisationError)> = (0..shape.sequences)
+        .into_par_iter()
+        .map(|number| {
+            let (sequence, targets) = block.sequence(number, shape.seq_len);
+            let (mut record, mut error) = (vec![], QuantisationError::default());
+            let targets = targets.as_ref();
+            match (codec, coder) {
+                (Codec::Compact, Some(CodecCoder::Compact(coder))) => with_workspace(shape.vocab_size, |space| {
+                    compact::encode_sequence(&sequence, targets, record_shape, coder, space, &mut record, &mut error);
+                }),
+                (Codec::Compact, _) => panic!("encoded before it has learnt"),
+                _ => packed::encode_sequence(&sequence, targets, record_shape, &mut record, &mut error),
+            }
+            (record, error)
+        })
+        .collect();
+    let mut offsets = vec![0u64];
+    let (mut records, mut error) = (vec![], QuantisationError::default());
+    // In the order of the sequences, so that the sums do not depend on the threads.
+    for (record, lost) in &encoded {
+        records.extend_from_slice(record);
+        offsets.push(records.len() as u64);
+        error.add(lost);
+    }
+    let offsets: Vec<u8> = offsets.into_iter().flat_map(u64::to_le_bytes).collect();
+    let tensors = vec![
+        TensorBytes {
+            name: OFFSETS.into(),
+            dtype: Dtype::U64,
+            shape: vec![shape.sequences + 1],
+            bytes: Cow::Owned(offsets),
+        },
+        TensorBytes { name: RECORDS.into(), dtype: Dtype::U8, shape: vec![records.len()], bytes: Cow::Owned(records) },
+    ];
+    let error = shape.temperatures.is_some().then(|| QuantiserError::of(&error));
+    Encoded { tensors, error }
+}
+
+pub(crate) fn check(index: &TensorIndex, shape: &Shape) -> Result<(), String> {
+    let bytes = index.length(RECORDS).ok_or_else(|| format!("tensor `{RECORDS}` is missing"))?;
+    index.check(&[(OFFSETS.into(), Dtype::U64, vec![shape.sequences + 1]), (RECORDS.into(), Dtype::U8, vec![bytes])])
+}
+
+/// Whether all records follow each other and can be read.
+pub(crate) fn verify(
+    codec: Codec,
+    tensors: &Tensors<'_>,
+    shape: &Shape,
+    coder: Option<&CodecCoder>,
+) -> Result<(), String> {
+    let offsets = tensors.u64s(OFFSETS, 0..shape.sequences + 1)?;
+    let end = tensors.index.length(RECORDS).unwrap_or(0) as u64;
+    if offsets.first() != Some(&0) || offsets.last() != Some(&end) || !offsets.is_sorted() {
+        return Err("its records do not follow each other".into());
+    }
+    let kept = (0..shape.sequences).into_par_iter().map(|number| {
+        let mut block = shape.empty_block();
+        decode(codec, tensors, shape, coder, number..number + 1, &mut block)?;
+        Ok(block.targets.map_or(0, |targets| targets.ids.len()))
+    });
+    let kept = kept.try_reduce(|| 0, |left, right| Ok::<_, String>(left + right))?;
+    if kept != shape.kept_ids {
+        return Err(format!("it keeps {kept} ids, the manifest counts {}", shape.kept_ids));
+    }
+    Ok(())
+}
+
+/// Appends sequences `range` of a shard to `into`.
+pub(crate) fn decode(
+    codec: Codec,
+    tensors: &Tensors<'_>,
+    shape: &Shape,
+    coder: Option<&CodecCoder>,
+    range: Range<usize>,
+    into: &mut Block,
+) -> Result<(), String> {
+    let offsets = tensors.u64s(OFFSETS, range.start..range.end + 1)?;
+    for (number, ends) in range.zip(offsets.windows(2)) {
+        let bytes = tensors.u8s(RECORDS, ends[0] as usize..ends[1] as usize)?;
+        let read = match (codec, coder) {
+            (Codec::Compact, Some(CodecCoder::Compact(coder))) => with_workspace(shape.vocab_size, |space| {
+                compact::decode_sequence(&bytes, shape.record(), coder, space, into)
+            }),
+            (Codec::Compact, _) => Err("its coder was not read".into()),
+            _ => packed::decode_sequence(&bytes, shape.record(), into),
+        };
+        read.map_err(|problem| format!("its sequence {number} cannot be read: {problem}"))?;
+    }
+    Ok(())
+}
