@@ -6,9 +6,12 @@
 //!
 //! - [`CacheWriter`] seals shard after shard and survives being killed at any moment;
 //! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource);
+//! - [`convert`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
 mod codec;
+mod convert;
+mod histogram;
 mod manifest;
 mod progress;
 mod raw;
@@ -21,6 +24,8 @@ mod verify;
 mod writer;
 
 pub use codec::Codec;
+pub use convert::{WholeSequence, convert, write_whole};
+pub use histogram::Histogram;
 pub use manifest::{Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, ShardRecord};
 pub use progress::{Position, is_unfinished};
 pub use reader::CacheReader;
