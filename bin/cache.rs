@@ -138,8 +138,7 @@ fn stats(args: &CacheStatsArgs) -> Result<()> {
         line("", format!("top-1 agreement {:.2}%", 100.0 * capture.top1_agreement));
     }
     print(&text)?;
-    // Not `>`: a divergence that is not a number passes no tolerance.
-    match found.captures.iter().find(|capture| !(capture.kl <= args.tolerance)) {
+    match found.captures.iter().find(|capture| capture.kl.is_nan() || capture.kl > args.tolerance) {
         None => Ok(()),
         Some(capture) => Err(Error::file(
             &args.cache,

@@ -43,7 +43,7 @@ pub fn convert(input: &CacheReader, directory: &Path, codec: Codec) -> Result<Ma
     let settings = CacheSettings { codec, ..manifest.settings.clone() };
     let full = settings.sequences_per_shard as u64;
     write_whole(directory, settings, |first| {
-        (first..input.sequence_count()).map(|number| {
+        (first..input.sequence_count()).map(move |number| {
             let mut batch = input.read(&[number])?;
             // A cache counts bytes of text by the shard, so the shard's first sequence brings them all.
             let text_bytes = match number.is_multiple_of(full) {

@@ -218,12 +218,13 @@ impl Documents {
             .collect::<Result<_, String>>()?;
         // The row after the last token is about a token that is not here.
         let wanted = tokens.len().saturating_sub(1);
+        let decoder = &self.decoder;
         let rows: Vec<Option<Row>> = record.values[..wanted]
             .par_iter()
             .zip(&record.ids[..wanted])
             .map(|(values, ids)| {
                 let bytes = |list: &[i64]| list.iter().map(|byte| *byte as u8).collect::<Vec<u8>>();
-                let (ids, log_probs) = (self.decoder.ids(&bytes(ids)), self.decoder.log_probs(&bytes(values)));
+                let (ids, log_probs) = (decoder.ids(&bytes(ids)), decoder.log_probs(&bytes(values)));
                 Some(Row { ids, log_probs, label_log_prob: None })
             })
             .collect();

@@ -157,8 +157,9 @@ fn write<I: Iterator<Item = Result<Document>>>(
     let settings = settings(&source, options)?;
     settings.check()?;
     let mut report = ImportReport::default();
-    let manifest = write_whole(directory, settings, |first| {
-        Sequences::new(documents(), &source, options, &mut report).skip(first as usize)
+    let (source, found) = (&source, &mut report);
+    let manifest = write_whole(directory, settings, move |first| {
+        Sequences::new(documents(), source, options, found).skip(first as usize)
     })?;
     Ok((manifest, report))
 }

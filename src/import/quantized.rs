@@ -103,11 +103,12 @@ fn places(count: usize, normalize: bool, dtype: Float) -> Vec<f64> {
     if !normalize {
         return (0..count).map(|place| dtype.round(place as f64)).collect();
     }
-    let step = if count > 1 { dtype.round(1.0 / (count - 1) as f64) } else { 0.0 };
+    // The step is no narrower than f32.
+    let step = if count > 1 { dtype.with(Float::F32).round(1.0 / (count - 1) as f64) } else { 0.0 };
     // From both ends, as there.
     let from_start = |place: usize| dtype.round(step * place as f64);
     let from_end = |place: usize| dtype.round(1.0 - step * (count - 1 - place) as f64);
-    (0..count).map(|place| if place < count.div_ceil(2) { from_start(place) } else { from_end(place) }).collect()
+    (0..count).map(|place| if place < count / 2 || count == 1 { from_start(place) } else { from_end(place) }).collect()
 }
 
 fn at(term: Term, place: f64, dtype: Float) -> f64 {
