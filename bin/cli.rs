@@ -164,7 +164,7 @@ pub enum CacheCommand {
     ///
     /// What such files do not say is filled in, and the manifest says so: tails are one minus the sum of the kept probabilities,
     /// at least 1e-8, and a label that is not kept gets an even share of the tail.
-    Import(CacheImportArgs),
+    Import(Box<CacheImportArgs>),
 
     /// Compare a cache with its teacher, run over some of its sequences
     ///

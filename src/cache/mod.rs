@@ -6,7 +6,7 @@
 //!
 //! - [`CacheWriter`] seals shard after shard and survives being killed at any moment;
 //! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource);
-//! - [`convert`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
+//! - [`convert()`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
 mod codec;

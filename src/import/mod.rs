@@ -1,8 +1,8 @@
 //! Soft targets that other programs made, as caches: DistillKit's Parquet files, and JSON Lines with the most probable
 //! tokens of each place as vLLM and axolotl have them.
 //!
-//! A source gives [`Document`]s: token ids, and for each token but the first what is known of its prediction. The rest
-//! is common to all: rows are checked and completed ([`rows`]), documents packed into sequences ([`packed`]), sequences
+//! A source gives `Document`s: token ids, and for each token but the first what is known of its prediction. The rest
+//! is common to all: rows are checked and completed (`rows.rs`), documents packed into sequences (`packed.rs`), sequences
 //! written by the cache.
 //!
 //! Such files lack what a cache measures. What is put in its place is the same for every source, and the manifest's

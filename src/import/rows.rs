@@ -56,7 +56,7 @@ pub(super) fn complete(
         return Ok(CompleteRow { label_log_prob, ..CompleteRow::default() });
     };
     let mut kept: Vec<(u32, f32)> = row.ids.iter().copied().zip(row.log_probs.iter().copied()).collect();
-    for (id, log_prob) in &mut kept {
+    for (id, log_prob) in &kept {
         if *id as usize >= vocab_size {
             return Err(format!("the id {id} is outside the vocabulary of {vocab_size}"));
         }
