@@ -18,7 +18,7 @@ use serde_json::Value;
 use small_run::{SmallRun, limbeck};
 
 fn words<'a>(words: &[&'a str]) -> Vec<&'a OsStr> {
-    words.iter().map(OsStr::new).collect()
+    words.iter().map(|word| OsStr::new(*word)).collect()
 }
 
 #[test]
