@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand};
-use limbeck::cache::WriterPart;
+use limbeck::cache::{Codec, WriterPart};
 
 /// Distil large language models: keep a teacher's soft targets, train students from them
 #[derive(Debug, Parser)]
@@ -51,6 +51,9 @@ pub enum Command {
 
     /// Say what a recipe, cache, checkpoint or run directory holds
     Inspect(InspectArgs),
+
+    /// Convert, import and compare caches of soft targets
+    Cache(CacheArgs),
 
     /// Make tokenizers
     Tokenizer(TokenizerArgs),
@@ -140,9 +143,178 @@ pub struct InspectArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// Print what is in a cache as JSON, one line for each split
+    #[arg(long)]
+    pub json: bool,
+
+    /// Write what is in a cache as a page with pictures
+    #[arg(long, value_name = "OUT.html")]
+    pub html: Option<PathBuf>,
+
     /// List every tensor of a checkpoint
     #[arg(long)]
     pub tensors: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    pub command: CacheCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Write a cache once more, in another encoding
+    ///
+    /// Everything else stays, the fingerprints of teacher, tokenizer and data as well. Also brings a cache of an older format
+    /// version to the present one. A conversion that was interrupted goes on where it stopped.
+    Convert(CacheConvertArgs),
+
+    /// Make a cache of soft targets that another program captured
+    ///
+    /// What such files do not say is filled in, and the manifest says so: tails are one minus the sum of the kept probabilities,
+    /// at least 1e-8, and a label that is not kept gets an even share of the tail.
+    Import(Box<CacheImportArgs>),
+
+    /// Compare a cache with its teacher, run over some of its sequences
+    ///
+    /// Prints the Kullback-Leibler divergence of the cache from the live teacher over kept ids and tail, and the largest errors.
+    /// Exits with 1 when the mean divergence is beyond the tolerance.
+    Stats(CacheStatsArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CacheConvertArgs {
+    /// The cache to read
+    pub input: PathBuf,
+
+    /// The directory to write
+    pub output: PathBuf,
+
+    /// The encoding to write
+    #[arg(long, value_name = "CODEC", value_parser = codec)]
+    pub codec: Codec,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheImportArgs {
+    #[command(subcommand)]
+    pub command: CacheImportCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheImportCommand {
+    /// From the Parquet files that DistillKit captures a teacher into
+    #[command(name = "distillkit")]
+    DistillKit(ImportDistillKitArgs),
+
+    /// From JSON Lines with the most probable tokens of each place, as vLLM and axolotl have them
+    Jsonl(ImportJsonlArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ImportDistillKitArgs {
+    /// The directory that DistillKit wrote, or Parquet files in their order
+    #[arg(value_name = "DIR|FILE", required = true)]
+    pub input: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub import: ImportFlags,
+
+    /// How the rows are compressed [default: compression_config.yaml beside the files]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportJsonlArgs {
+    /// JSON Lines files in their order
+    #[arg(value_name = "FILE", required = true)]
+    pub input: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub import: ImportFlags,
+
+    /// Which token row i is about, where there are as many rows as tokens: token i, or the next [default: what the records
+    /// show]
+    #[arg(long, value_enum, value_name = "PLACE")]
+    pub rows: Option<RowsFlag>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum RowsFlag {
+    Token,
+    Next,
+}
+
+/// What captured files do not say.
+#[derive(Debug, Args)]
+pub struct ImportFlags {
+    /// The directory to write the cache into
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+
+    /// The tokenizer whose ids the files hold: tokenizer.json or its directory
+    #[arg(long, value_name = "PATH")]
+    pub tokenizer: PathBuf,
+
+    /// What the teacher is called
+    #[arg(long, value_name = "NAME")]
+    pub teacher_name: String,
+
+    /// The teacher's model directory, where it is at hand, for its fingerprint
+    #[arg(long, value_name = "DIR")]
+    pub teacher: Option<PathBuf>,
+
+    /// Predictions in one packed sequence
+    #[arg(long, value_name = "COUNT")]
+    pub seq_len: usize,
+
+    /// Number of ids the teacher could name [default: the tokenizer's]
+    #[arg(long, value_name = "COUNT")]
+    pub vocab_size: Option<usize>,
+
+    /// The temperature the probabilities were taken at
+    #[arg(long, value_name = "NUMBER", default_value_t = 1.0)]
+    pub temperature: f32,
+
+    /// Which part of a run's data this is: train or held_out
+    #[arg(long, value_name = "NAME", default_value = "train")]
+    pub split: String,
+
+    /// The encoding to write
+    #[arg(long, value_name = "CODEC", value_parser = codec, default_value = "raw")]
+    pub codec: Codec,
+
+    /// Sequences in one file of the cache
+    #[arg(long, value_name = "COUNT", default_value_t = 512)]
+    pub sequences_per_shard: usize,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheStatsArgs {
+    /// The cache
+    pub cache: PathBuf,
+
+    /// The teacher, a model directory
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub against: PathBuf,
+
+    /// Sequences to compare, evenly spread over the cache
+    #[arg(long, value_name = "COUNT", default_value_t = 8)]
+    pub sequences: u64,
+
+    /// Largest mean divergence that passes, in nats per prediction
+    #[arg(long, value_name = "NATS", default_value_t = 1e-3)]
+    pub tolerance: f64,
+
+    #[command(flatten)]
+    pub device: DeviceFlag,
+}
+
+/// An encoding by its name in manifests.
+fn codec(name: &str) -> Result<Codec, String> {
+    serde_json::from_value(serde_json::Value::from(name)).map_err(|error| error.to_string())
 }
 
 #[derive(Debug, Args)]

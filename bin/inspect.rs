@@ -25,6 +25,12 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         let problem = format!("{} is not a cache", path.display());
         return Err(Error::usage(problem, "use --verify with caches only: the `cache` folder of a run, for example"));
     }
+    for (flag, given) in [("--json", args.json), ("--html", args.html.is_some())] {
+        if given && !is_cache {
+            let problem = format!("{} is not a cache", path.display());
+            return Err(Error::usage(problem, format!("use {flag} with caches only")));
+        }
+    }
     if args.tensors && (is_recipe || is_cache) {
         let problem = format!("{} is not a checkpoint", path.display());
         return Err(Error::usage(

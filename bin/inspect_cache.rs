@@ -1,11 +1,14 @@
 //! `inspect` of a cache directory: what it is made with, how much it holds, and whether every byte is as it was written.
+//! As text, as JSON, and as a page with pictures.
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::PathBuf;
 
-use limbeck::Result;
-use limbeck::cache::CacheReader;
+use limbeck::cache::{CacheReader, CacheSettings, Histogram, Summary};
+use limbeck::eval::cache_page;
 use limbeck::targets::TargetKind;
+use limbeck::{Error, Result};
+use serde::Serialize;
 
 use crate::cli::InspectArgs;
 use crate::output::print;
@@ -13,23 +16,67 @@ use crate::output::print;
 pub fn run(args: &InspectArgs) -> Result<()> {
     // The cache of a run is a directory with one cache for each split.
     let splits: Vec<_> = ["train", "held_out"].iter().map(|split| args.path.join(split)).collect();
-    let splits: Vec<_> = splits.into_iter().filter(|split| split.join("manifest.json").is_file()).collect();
-    if splits.is_empty() {
-        return inspect(&args.path, args.verify);
+    let mut directories: Vec<PathBuf> =
+        splits.into_iter().filter(|split| split.join("manifest.json").is_file()).collect();
+    if directories.is_empty() {
+        directories.push(args.path.clone());
     }
-    for split in splits {
-        inspect(&split, args.verify)?;
+    let mut caches = vec![];
+    for directory in directories {
+        let cache = CacheReader::open(directory)?;
+        let summary = cache.summary()?;
+        if args.json {
+            json(&cache, &summary)?
+        } else {
+            text(&cache, &summary)?
+        }
+        if args.verify {
+            verify(&cache, args.json)?;
+        }
+        caches.push((cache, summary));
+    }
+    if let Some(path) = &args.html {
+        let shown: Vec<_> = caches.iter().map(|(cache, summary)| (cache.manifest(), summary)).collect();
+        let name = args.path.canonicalize().map_err(Error::io(&args.path))?;
+        let page = cache_page::html(&name.file_name().unwrap_or_default().to_string_lossy(), &shown);
+        std::fs::write(path, page).map_err(Error::io(path))?;
+        if !args.json {
+            print(&format!("{:<12}{}\n", "page", path.display()))?;
+        }
     }
     Ok(())
 }
 
-fn inspect(directory: &Path, verify: bool) -> Result<()> {
-    let cache = CacheReader::open(directory)?;
-    let settings = &cache.manifest().settings;
-    let summary = cache.summary()?;
+/// What `--json` prints of one cache.
+#[derive(Serialize)]
+struct Inspected<'a> {
+    directory: String,
+    format_version: u32,
+    program: &'a str,
+    root: &'a str,
+    settings: &'a CacheSettings,
+    summary: &'a Summary,
+}
+
+fn json(cache: &CacheReader, summary: &Summary) -> Result<()> {
+    let manifest = cache.manifest();
+    let inspected = Inspected {
+        directory: manifest.directory.display().to_string(),
+        format_version: manifest.format_version,
+        program: &manifest.program,
+        root: &manifest.root,
+        settings: &manifest.settings,
+        summary,
+    };
+    print(&(serde_json::to_string(&inspected).expect("a summary has only strings as keys") + "\n"))
+}
+
+fn text(cache: &CacheReader, summary: &Summary) -> Result<()> {
+    let manifest = cache.manifest();
+    let settings = &manifest.settings;
     let mut text = String::new();
     let mut line = |name: &str, value: String| writeln!(text, "{name:<12}{value}").expect("writing to a string");
-    line("cache", format!("{} ({})", directory.display(), settings.split));
+    line("cache", format!("{} ({})", manifest.directory.display(), settings.split));
     line("data", settings.data_fingerprint.clone());
     let tokenizer = &settings.tokenizer;
     line("tokenizer", format!("{}, {} tokens", tokenizer.fingerprint, tokenizer.vocab_size));
@@ -54,8 +101,24 @@ fn inspect(directory: &Path, verify: bool) -> Result<()> {
             settings.codec.name(),
         ),
     );
+    let each = format!("{:.2} bytes per prediction", summary.bytes_per_token);
+    match summary.captures.first() {
+        None => line("", each),
+        // The entropy decides how much there is to store.
+        Some(capture) => line(
+            "",
+            format!("{each}, {:.2} bits per kept id, entropy {:.3} nats", summary.bits_per_kept, capture.entropy),
+        ),
+    }
+    for part in &summary.parts {
+        line("", format!("{:<24}{:>14} bytes{:>10.2} per prediction", part.name, part.bytes, part.bytes_per_token));
+    }
     if settings.soft_targets.is_some() {
         line("kept", format!("{} to {} ids, {:.1} on average", summary.kept_min, summary.kept_max, summary.kept_mean));
+        bars(&mut line, &summary.kept_histogram, |from, to| {
+            let (first, last) = (from + 0.5, to - 0.5);
+            if first == last { format!("{first}") } else { format!("{first} to {last}") }
+        });
     }
     let drawn = settings.soft_targets.as_ref().is_some_and(|targets| targets.selection.kind() == TargetKind::Sampled);
     for capture in &summary.captures {
@@ -73,23 +136,52 @@ fn inspect(directory: &Path, verify: bool) -> Result<()> {
                 capture.tail_mean, capture.tail_deciles[5], capture.entropy, capture.label_loss
             ),
         );
+        line("", "tail mass".into());
+        bars(&mut line, &capture.tail_histogram, |from, to| format!("{from:.1e} to {to:.1e}"));
+        line("", "entropy, nats".into());
+        bars(&mut line, &capture.entropy_histogram, |from, to| format!("{from:.2} to {to:.2}"));
     }
-    for part in &summary.parts {
-        line("", format!("{:<24}{:>14} bytes{:>10.2} per prediction", part.name, part.bytes, part.bytes_per_token));
+    print(&text)
+}
+
+/// Most lines of a histogram; more bars are drawn together.
+const LINES: usize = 16;
+const BAR: usize = 40;
+
+fn bars(line: &mut impl FnMut(&str, String), histogram: &Histogram, label: impl Fn(f64, f64) -> String) {
+    let (Some(first), Some(last)) =
+        (histogram.counts.iter().position(|count| *count > 0), histogram.counts.iter().rposition(|count| *count > 0))
+    else {
+        return;
+    };
+    let together = (last - first + 1).div_ceil(LINES);
+    let groups: Vec<(usize, u64)> = (first..=last)
+        .step_by(together)
+        .map(|start| (start, histogram.counts[start..=last.min(start + together - 1)].iter().sum()))
+        .collect();
+    let (most, all) = (groups.iter().map(|(_, count)| *count).max().unwrap_or(1), histogram.counts.iter().sum::<u64>());
+    for (start, count) in groups {
+        let end = (start + together).min(last + 1);
+        let bar = "#".repeat((count as f64 / most as f64 * BAR as f64).round() as usize);
+        let share = 100.0 * count as f64 / all as f64;
+        let label = label(histogram.edges[start], histogram.edges[end]);
+        line("", format!("  {label:<20}{share:>6.1}%  {bar}").trim_end().to_string());
     }
-    print(&text)?;
-    if verify {
-        let verification = cache.verify();
-        for damage in &verification.damage {
-            tracing::error!("{damage}");
-        }
-        let verification = verification.into_result()?;
-        print(&format!(
-            "{:<12}all {} bytes as written ({:.0} MB/s)\n",
-            "verified",
-            verification.bytes,
-            verification.megabytes_per_second()
-        ))?;
+}
+
+fn verify(cache: &CacheReader, quiet: bool) -> Result<()> {
+    let verification = cache.verify();
+    for damage in &verification.damage {
+        tracing::error!("{damage}");
     }
-    Ok(())
+    let verification = verification.into_result()?;
+    if quiet {
+        return Ok(());
+    }
+    print(&format!(
+        "{:<12}all {} bytes as written ({:.0} MB/s)\n",
+        "verified",
+        verification.bytes,
+        verification.megabytes_per_second()
+    ))
 }

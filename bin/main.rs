@@ -1,5 +1,6 @@
 //! The command line: parse, log to stderr, dispatch, exit code. What commands do is in the library.
 
+mod cache;
 mod cli;
 mod completions;
 mod distill;
@@ -46,6 +47,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Evaluate(args) if args.dry_run => plan::run(&args.target, &args.run),
         Command::Evaluate(args) => evaluate::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Cache(args) => cache::run(&args),
         Command::Tokenizer(args) => match args.command {
             cli::TokenizerCommand::Train(args) => tokenizer::run(&args),
         },

@@ -5,10 +5,11 @@ use std::{path::Path, time::Instant};
 use burn::tensor::Device;
 
 use crate::{
-    cache::CacheReader,
+    cache::{CacheReader, Summary},
     checkpoint::latest_checkpoint,
     error::{Error, Result},
     eval::{
+        cache_page,
         held_out::{evaluate, teacher_evaluation},
         report::{Arm, CacheFacts, Curves, Fact, Report, Role},
     },
@@ -191,7 +192,9 @@ impl Run<'_> {
                 tokens_seen: None,
                 tokens_per_second: None,
             });
-            report.cache = Some(self.cache_facts()?);
+            let summary = self.caches.train.summary()?;
+            report.histograms = cache_page::histograms(&summary);
+            report.cache = Some(self.cache_facts(&summary));
         }
         report.plan = plan
             .to_string()
@@ -231,8 +234,7 @@ impl Run<'_> {
         }))
     }
 
-    fn cache_facts(&self) -> Result<CacheFacts> {
-        let summary = self.caches.train.summary()?;
+    fn cache_facts(&self, summary: &Summary) -> CacheFacts {
         let capture = summary.captures.iter().find(|capture| capture.temperature == 1.0).or(summary.captures.first());
         let settings = &self.caches.train.manifest().settings;
         let selection = settings.soft_targets.as_ref().map(|soft_targets| &soft_targets.selection);
@@ -244,15 +246,15 @@ impl Run<'_> {
         ];
         more.extend(capture.map(|capture| Fact::new("teacher's entropy", format!("{:.3} nats", capture.entropy))));
         more.push(Fact::new("root", &self.caches.train.manifest().root));
-        Ok(CacheFacts {
+        CacheFacts {
             row_count: summary.counts.valid_rows,
             byte_count: summary.bytes,
-            bytes_per_token: summary.bytes as f64 / summary.counts.valid_rows.max(1) as f64,
+            bytes_per_token: summary.bytes_per_token,
             kept_per_row: summary.kept_mean,
             tail_mass: capture.map_or(f64::NAN, |capture| capture.tail_mean),
             vocabulary_size: Some(settings.tokenizer.vocab_size as u64),
             more,
-        })
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //!   and [`cache`] keeps both.
 //! - [`models`] runs Llama 4 and the dense Llama family, [`loss`] compares a student with its targets, [`train`] steps.
 //! - [`checkpoint`] reads and writes Hugging Face directories; [`eval`] measures and reports.
+//! - [`import`] makes caches of what other programs captured; [`fidelity`] compares a cache with a live teacher.
 //!
 //! [`distill::run`] is all of it in one call. By hand it is this:
 //!
@@ -58,6 +59,8 @@ pub mod distill;
 mod durable;
 pub mod error;
 pub mod eval;
+pub mod fidelity;
+pub mod import;
 pub mod inputs;
 pub mod loss;
 pub mod models;

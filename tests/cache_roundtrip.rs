@@ -424,7 +424,7 @@ fn drawn_targets_and_normalisers_come_back_as_they_were() {
         };
         (sequence, targets)
     };
-    let mut writer = CacheWriter::create_or_resume(folder.path(), drawn).unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path(), drawn, WriterPart::WHOLE).unwrap();
     type Change = fn(&mut SparseTargets);
     let cases: [(&str, Change); 5] = [
         ("its targets are exact, those of threshold_sampled are drawn", |targets| targets.kind = TargetKind::Exact),
@@ -455,7 +455,7 @@ fn drawn_targets_and_normalisers_come_back_as_they_were() {
 
     let mut exact = settings(2, 2, &[1.0, 2.0]);
     exact.data_fingerprint = "another".into();
-    let mut writer = CacheWriter::create_or_resume(folder.path().join("exact"), exact).unwrap();
+    let mut writer = CacheWriter::create_or_resume(folder.path().join("exact"), exact, WriterPart::WHOLE).unwrap();
     let (sequence, targets) = good();
     let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
     assert!(error.contains("its targets are drawn, those of top_k are exact"), "{error}");

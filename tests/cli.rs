@@ -65,12 +65,18 @@ fn with_recipe() -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 11] = [
+    let commands: [&[&str]; 17] = [
         &[],
         &["precompute-teacher-logits"],
         &["distill"],
         &["evaluate"],
         &["inspect"],
+        &["cache"],
+        &["cache", "convert"],
+        &["cache", "import"],
+        &["cache", "import", "distillkit"],
+        &["cache", "import", "jsonl"],
+        &["cache", "stats"],
         &["tokenizer"],
         &["tokenizer", "train"],
         &["generate"],

@@ -39,7 +39,7 @@ pub enum Codec {
 }
 
 /// Some sequences in a row, with their targets: what a shard holds, or a part of it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Block {
     /// `[sequences, seq_len + 1]`
     pub tokens: Vec<u32>,

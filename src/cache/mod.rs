@@ -8,6 +8,7 @@
 //! - [`merge`] makes one cache of parts that were written in several directories;
 //! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource), from a
 //!   directory or any other [`CacheFiles`];
+//! - [`convert()`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
 mod bits;
@@ -17,7 +18,9 @@ mod calibration;
 mod codec;
 mod coder;
 mod compact;
+mod convert;
 mod exact_math;
+mod histogram;
 mod lease;
 mod manifest;
 mod merge;
@@ -48,6 +51,8 @@ mod writer;
 
 pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
+pub use convert::{WholeSequence, convert, write_whole};
+pub use histogram::Histogram;
 pub use manifest::{
     CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
     ShardRecord,

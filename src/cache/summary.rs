@@ -1,8 +1,11 @@
 //! What is in a cache, in numbers a person can judge it by.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::histogram::{Histogram, count, entropy_bar, tail_bar};
 use super::manifest::Counts;
 use super::reader::CacheReader;
 use crate::error::Result;
@@ -21,6 +24,10 @@ pub struct Summary {
     pub counts: Counts,
     /// Bytes of all shards.
     pub bytes: u64,
+    /// `bytes / counts.valid_rows`, exact.
+    pub bytes_per_token: f64,
+    /// `8 * bytes / counts.kept_ids`: everything in the shards, counted on what is kept. 0 where nothing is.
+    pub bits_per_kept: f64,
     /// Sequences that the following statistics looked into; smaller than `counts.sequences` in a large cache.
     pub sequences_read: u64,
     /// Fewest and most ids kept in a valid row. Zero without soft targets.
@@ -28,6 +35,8 @@ pub struct Summary {
     pub kept_max: u64,
     /// `counts.kept_ids / counts.valid_rows`, exact.
     pub kept_mean: f64,
+    /// Rows by the number of ids they keep.
+    pub kept_histogram: Histogram,
     /// One per temperature; empty without soft targets.
     pub captures: Vec<CaptureSummary>,
     /// What the bytes are spent on: each tensor, then `headers`.
@@ -48,6 +57,10 @@ pub struct CaptureSummary {
     pub label_loss: f64,
     /// Largest distance of kept mass plus tail mass from 1 in a row.
     pub mass_error: f64,
+    /// Rows by the probability outside the kept ids, in half decades.
+    pub tail_histogram: Histogram,
+    /// Rows by their entropy in nats, the tail taken as one outcome.
+    pub entropy_histogram: Histogram,
 }
 
 /// Bytes of one tensor over all shards.
@@ -62,7 +75,8 @@ pub struct Part {
 #[derive(Clone, Default)]
 struct RowStatistics {
     rows: u64,
-    kept: Option<(u64, u64)>,
+    /// Rows by the number of ids they keep.
+    kept: BTreeMap<u64, u64>,
     captures: Vec<CaptureSums>,
 }
 
@@ -73,15 +87,19 @@ struct CaptureSums {
     label_loss: f64,
     mass_error: f64,
     tails: Vec<f32>,
+    tail_bars: Vec<u64>,
+    entropy_bars: Vec<u64>,
+}
+
+fn add_bars(mine: &mut Vec<u64>, theirs: &[u64]) {
+    mine.resize(mine.len().max(theirs.len()), 0);
+    mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine += theirs);
 }
 
 impl RowStatistics {
     fn add(mut self, other: RowStatistics) -> RowStatistics {
         self.rows += other.rows;
-        self.kept = match (self.kept, other.kept) {
-            (Some(mine), Some(theirs)) => Some((mine.0.min(theirs.0), mine.1.max(theirs.1))),
-            (mine, theirs) => mine.or(theirs),
-        };
+        other.kept.into_iter().for_each(|(kept, rows)| *self.kept.entry(kept).or_default() += rows);
         self.captures.resize(self.captures.len().max(other.captures.len()), CaptureSums::default());
         for (mine, theirs) in self.captures.iter_mut().zip(other.captures) {
             mine.tail += theirs.tail;
@@ -89,6 +107,8 @@ impl RowStatistics {
             mine.label_loss += theirs.label_loss;
             mine.mass_error = mine.mass_error.max(theirs.mass_error);
             mine.tails.extend(theirs.tails);
+            add_bars(&mut mine.tail_bars, &theirs.tail_bars);
+            add_bars(&mut mine.entropy_bars, &theirs.entropy_bars);
         }
         self
     }
@@ -132,18 +152,26 @@ impl CacheReader {
                 entropy: sums.entropy / rows,
                 label_loss: sums.label_loss / rows,
                 mass_error: sums.mass_error,
+                tail_histogram: Histogram::of_tails(sums.tail_bars),
+                entropy_histogram: Histogram::of_entropies(sums.entropy_bars),
             }
         });
         let captures = captures.collect();
-        let (kept_min, kept_max) = statistics.kept.unwrap_or_default();
+        let kept = &statistics.kept;
+        let kept_min = kept.first_key_value().map_or(0, |(kept, _)| *kept);
+        let kept_max = kept.last_key_value().map_or(0, |(kept, _)| *kept);
+        let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
         Ok(Summary {
             shards: manifest.shards.len(),
             counts,
-            bytes: manifest.shards.iter().map(|shard| shard.bytes).sum(),
+            bytes,
+            bytes_per_token: bytes as f64 / counts.valid_rows.max(1) as f64,
+            bits_per_kept: if counts.kept_ids == 0 { 0.0 } else { 8.0 * bytes as f64 / counts.kept_ids as f64 },
             sequences_read,
             kept_min,
             kept_max,
             kept_mean: counts.kept_ids as f64 / counts.valid_rows.max(1) as f64,
+            kept_histogram: Histogram::of_kept(kept),
             captures,
             parts: self.parts()?,
         })
@@ -156,9 +184,7 @@ impl CacheReader {
         statistics.captures = vec![CaptureSums::default(); targets.captures.len()];
         for row in (0..sequence.seq_len()).filter(|row| sequence.is_valid(*row)) {
             let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
-            let count = kept.len() as u64;
-            let (min, max) = statistics.kept.unwrap_or((count, count));
-            statistics.kept = Some((min.min(count), max.max(count)));
+            *statistics.kept.entry(kept.len() as u64).or_default() += 1;
             statistics.rows += 1;
             // The place in the whole cache decides, so that thinning out is even and repeatable.
             let sampled = (number as usize).wrapping_mul(sequence.seq_len()).wrapping_add(row).is_multiple_of(stride);
@@ -202,6 +228,8 @@ impl CaptureSums {
         self.entropy += entropy;
         self.label_loss -= f64::from(capture.label_log_prob[row]);
         self.mass_error = self.mass_error.max((mass - 1.0).abs());
+        count(&mut self.tail_bars, tail_bar(tail));
+        count(&mut self.entropy_bars, entropy_bar(entropy));
         if sampled {
             self.tails.push(tail as f32);
         }

@@ -1,9 +1,10 @@
-//! What came out of a run: held-out measures, their report, and the charts in it.
+//! What came out of a run: held-out measures, their report, the page of a cache, and the charts in both.
 //!
 //! Nothing here trains or changes a model.
 
 mod area_chart;
 mod axis;
+pub mod cache_page;
 pub mod chart;
 pub mod held_out;
 mod page;

@@ -13,19 +13,28 @@ const STYLE: &str = include_str!("page.css");
 const NATS: &str = "nats per token";
 
 pub(super) fn html(report: &Report) -> String {
-    let mut page = String::from("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n");
-    page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n");
-    let _ = writeln!(page, "<title>{} · limbeck report</title>", escape(&report.run_name));
-    let _ = writeln!(page, "<style>\n{}{STYLE}</style>\n</head>\n<body>\n<main>", chart::STYLE);
+    let mut page = beginning(&report.run_name, "limbeck report");
     header(&mut page, report);
     comparison(&mut page, report);
     training(&mut page, report);
     expert_load(&mut page, report);
     cache(&mut page, report);
     origin(&mut page, report);
-    page.push_str("</main>\n</body>\n</html>\n");
+    page.push_str(END);
     page
 }
+
+/// What every page begins with: `title` and what kind of page it is, the style, and the open body.
+pub(super) fn beginning(title: &str, kind: &str) -> String {
+    let mut page = String::from("<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n");
+    page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n");
+    let _ = writeln!(page, "<title>{} · {kind}</title>", escape(title));
+    let _ = writeln!(page, "<style>\n{}{STYLE}</style>\n</head>\n<body>\n<main>", chart::STYLE);
+    page
+}
+
+/// What every page ends with.
+pub(super) const END: &str = "</main>\n</body>\n</html>\n";
 
 fn header(page: &mut String, report: &Report) {
     let headline = report.headline();
@@ -300,7 +309,7 @@ fn origin(page: &mut String, report: &Report) {
     page.push_str("</section>\n");
 }
 
-fn facts(page: &mut String, facts: &[Fact]) {
+pub(super) fn facts(page: &mut String, facts: &[Fact]) {
     page.push_str("<dl class=\"card\">\n");
     for fact in facts {
         let _ = writeln!(page, "<div><dt>{}</dt><dd>{}</dd></div>", escape(&fact.name), escape(&fact.value));
