@@ -10,6 +10,7 @@
 //!   directory or any other [`CacheFiles`];
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
+mod assignment;
 mod blocks;
 mod calibration;
 mod codec;
