@@ -69,7 +69,7 @@ pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Resul
     let mut caches = vec![];
     for (dir, filled) in fill_part(recipe, inputs, options)? {
         match filled {
-            Filled::Whole(cache) => caches.push(cache),
+            Filled::Whole(cache) => caches.push(*cache),
             Filled::Part(missing) => {
                 let problem = format!("this cache is unfinished: {missing}");
                 return Err(Error::file(dir, problem, "wait for the other writers, or start those that died again"));
@@ -84,7 +84,7 @@ pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Resul
 
 /// A cache after this writer's part of it was filled.
 enum Filled {
-    Whole(CacheReader),
+    Whole(Box<CacheReader>),
     Part(Missing),
 }
 
@@ -174,7 +174,7 @@ impl<'a> Filler<'a> {
             Outcome::Missing(missing) => Filled::Part(missing),
             Outcome::Finished(manifest) => {
                 tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
-                Filled::Whole(CacheReader::open(&dir)?)
+                Filled::Whole(Box::new(CacheReader::open(&dir)?))
             }
         };
         Ok((dir, filled))

@@ -438,13 +438,18 @@ fn drawn_targets_and_normalisers_come_back_as_they_were() {
     for (expected, change) in cases {
         let (sequence, mut targets) = good();
         change(&mut targets);
+        assert_eq!(writer.next_push().unwrap(), Next::Sequence(0));
         let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
-    for _ in 0..3 {
+    for number in 0..3 {
+        assert_eq!(writer.next_push().unwrap(), Next::Sequence(number));
         let (sequence, targets) = good();
         writer.push(sequence, Some(targets), 1).unwrap();
     }
+    writer.next_push().unwrap();
+    writer.end(3).unwrap();
+    writer.next_push().unwrap();
     writer.finish().unwrap();
     let reader = CacheReader::open(folder.path()).unwrap();
     let found = reader.read(&[2, 0]).unwrap().targets.unwrap();
@@ -457,6 +462,7 @@ fn drawn_targets_and_normalisers_come_back_as_they_were() {
     exact.data_fingerprint = "another".into();
     let mut writer = CacheWriter::create_or_resume(folder.path().join("exact"), exact, WriterPart::WHOLE).unwrap();
     let (sequence, targets) = good();
+    writer.next_push().unwrap();
     let error = writer.push(sequence, Some(targets), 1).unwrap_err().to_string();
     assert!(error.contains("its targets are drawn, those of top_k are exact"), "{error}");
 }

@@ -244,7 +244,7 @@ fn parts_that_do_not_belong_together_are_refused_naming_both() {
     );
     let nothing = folder.path().join("nothing");
     assert_eq!(
-        message(&[nothing.clone()]),
+        message(std::slice::from_ref(&nothing)),
         format!(
             "{}: there is no part of a cache here (no begun.json); name the directories that `limbeck \
              precompute-teacher-logits` wrote parts into",

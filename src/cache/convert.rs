@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::codec::Codec;
 use super::manifest::Manifest;
+use super::part::WriterPart;
 use super::reader::CacheReader;
 use super::settings::CacheSettings;
-use super::part::WriterPart;
 use super::writer::{CacheWriter, Next};
 use crate::error::{Error, Result};
 use crate::targets::{PackedSequence, SparseTargets, TargetSource};

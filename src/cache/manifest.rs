@@ -151,7 +151,7 @@ impl QuantiserError {
     }
 
     /// Of both together. Sums of floats depend on their order: add shards in theirs.
-    pub fn add(self, other: QuantiserError) -> QuantiserError {
+    pub fn joined(self, other: QuantiserError) -> QuantiserError {
         QuantiserError {
             rows: self.rows.saturating_add(other.rows),
             kl_sum: self.kl_sum + other.kl_sum,
@@ -420,7 +420,7 @@ fn missing(directory: &Path) -> Error {
 
 /// Sum of the shards' errors, in their order; `None` when none has one.
 pub(crate) fn total_error(shards: &[ShardRecord]) -> Option<QuantiserError> {
-    shards.iter().filter_map(|shard| shard.error).reduce(QuantiserError::add)
+    shards.iter().filter_map(|shard| shard.error).reduce(QuantiserError::joined)
 }
 
 /// Sum of the shards' counts; `None` when it leaves 64 bits.

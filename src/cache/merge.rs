@@ -206,7 +206,7 @@ fn copy(out: &Path, parts: &[Input], count: u64, sequences: u64) -> Result<Manif
     }
     files.set_end(sequences, leases.owner())?;
     match complete(&files, leases.owner())? {
-        Outcome::Finished(manifest) => Ok(manifest),
+        Outcome::Finished(manifest) => Ok(*manifest),
         Outcome::Missing(missing) => Err(Error::file(out, format!("is unfinished: {missing}"), "merge once more")),
     }
 }

@@ -11,6 +11,7 @@
 //! - [`convert()`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
+mod assignment;
 mod bits;
 mod blocks;
 mod calibrate;

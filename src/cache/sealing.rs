@@ -44,7 +44,7 @@ impl std::fmt::Display for Missing {
 /// What the writing of a part came to.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    Finished(Manifest),
+    Finished(Box<Manifest>),
     /// This part is written, others are not.
     Missing(Missing),
 }
@@ -172,7 +172,7 @@ pub(crate) fn complete(files: &Unfinished, owner: &str) -> Result<Outcome> {
     }
     manifest.save(owner)?;
     tidy(directory, manifest.shards.len())?;
-    Ok(Outcome::Finished(manifest))
+    Ok(Outcome::Finished(Box::new(manifest)))
 }
 
 /// The error of two caches whose settings differ, if they do.
