@@ -1,4 +1,4 @@
-"""Soft targets as caches keep them: selections and quantisers of limbeck's, DistillKit by its own code, plain u32 + f16.
+"""Soft targets as caches keep them: selections and quantisers of limbeck's, DistillKit by its own code, u32 + f16.
 
 Every configuration turns rows of teacher probabilities into `Targets`: what a trainer gets back from such a cache. The
 bytes here are counted from the layouts (`counted`); cache_pareto.py takes measured ones where it is given real caches.
@@ -226,14 +226,14 @@ def formats(vocab_size, distillkit_folder=None):
     for theta, cap, _ in mins:
         choice = f"min_prob {theta:g}" + (f" cap {cap}" if theta <= 1e-3 else "")
         add(f"packed {choice}", "packed min_prob", "packed", choice, exact(min_prob(theta, cap), 1 / 63), packed_bytes,
-            accumulate=False)
+            accumulate=(theta, cap) in ((1e-2, 128), (3e-3, 128), (1e-3, 128)))
         add(f"raw {choice}", "raw min_prob", "raw", choice, exact(min_prob(theta, cap)), raw_bytes, accumulate=False)
     for k in (16, 32, 50, 64, 128):
         add(f"compact top_k {k}", "compact top_k", "compact", f"top_k {k}",
             exact(top_k(k), 1 / (64 if k <= 50 else 96)), unknown)
     for mass in (0.8, 0.9):
-        add(f"compact top_p {mass}", "compact top_p", "compact", f"top_p {mass} cap 128", exact(top_p(mass, 128), 1 / 64),
-            unknown)
+        add(f"compact top_p {mass}", "compact top_p", "compact", f"top_p {mass} cap 128",
+            exact(top_p(mass, 128), 1 / 64), unknown)
     for c, steps in ((1e-2, 64), (3e-3, 96)):
         add(f"raw threshold_sampled {c:g}", "raw threshold_sampled", "raw", f"threshold_sampled {c:g}",
             threshold_sampled(c), raw_bytes)

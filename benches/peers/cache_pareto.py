@@ -6,12 +6,15 @@
 
 TEXT is a cache of limbeck's with codec `raw` (of any selection), whose tokens are measured; WORK a folder for what
 comes between (under 3 GB at 102,400 rows), where `cache_states.py states TEACHER TEXT WORK/teacher.npy` has put the
-teacher's hidden states. STATES.npy is the same of a student, with its head beside it.
+teacher's hidden states. STATES.npy is the same of a student, with its head beside it. Logits are made anew from the
+states chunk by chunk; nothing of the size rows x vocabulary is kept.
 
 `targets` runs every configuration of cache_formats.py over the teacher's rows. --cache names a configuration, new or
 known, whose values are read from a real cache of the same text instead (RAW, from `limbeck cache convert`, or the raw
-cache itself), and whose bytes are the files of STORED. `measure` appends nothing: it writes two files of CSV in
-benches/results anew; `draw` makes docs/pictures/cache_pareto.svg and cache_gradients.svg of them.
+cache itself), and whose bytes are the files of STORED. `measure` writes two files of CSV in benches/results, again at
+each power of two of rows, and keeps in them what they have of other students and configurations; it may run while
+cache_states.py still writes a student's states. `draw` makes cache_pareto.svg (for the student whose lines are last)
+and cache_gradients.svg of them, in docs/pictures.
 
 With p the teacher's row, q the student's, g = q - target the gradient in the logits and h the student's hidden state:
 
@@ -22,9 +25,10 @@ With p the teacher's row, q the student's, g = q - target the gradient in the lo
     projection_error the same of W^T g h^T: the gradient of a matrix applied to h just before the head
 
 The target of kept ids and tail has q's own shape within the tail (bucketed tail); sampled targets are weights as they
-are. Hidden errors, the student's KL, and all of the configurations whose accumulated gradients are not measured (raw and
-packed twins of compact ones) are over the first --hidden-rows. weight_error sums over some rows of the head: the ids that have most of the teacher's mass, and a random share of
-the others with the reciprocal weight, so that it is an unbiased estimate of the square; --all-ids takes all.
+are. Hidden errors, the student's KL, and all of the configurations whose accumulated gradients are not measured (raw
+and packed twins of compact ones) are over the first --hidden-rows. weight_error sums over some rows of the head: the
+ids that have most of the teacher's mass, and a random share of the others with the reciprocal weight, so that it is an
+unbiased estimate of the square; --all-ids takes all.
 """
 import argparse
 import csv
@@ -108,6 +112,8 @@ def make_targets(a):
     known = {f.name: f for f in listed}
     for name, folders in real.items():
         raw, _, stored = folders.partition(",")
+        if not torch.equal(Text(raw, text.count).tokens, text.tokens):
+            raise SystemExit(f"{raw} holds other text than {a.text}")
         targets = from_cache(raw, row_count)
         old = notes.get(name)
         file = old["file"] if old else f"targets_{len(notes):03}.npz"
@@ -117,8 +123,8 @@ def make_targets(a):
         kept = len(targets.ids) / int(text.valid.sum())
         bits = {"raw": 0, "packed": 18 - math.ceil(math.log2(vocab_size))}.get(codec, math.log2(202048 / vocab_size))
         notes[name] = dict(
-            file=file, family=known[name].family if name in known else f"{codec} {selection.split(' ')[0]}", codec=codec,
-            selection=selection, kept=kept, bytes=size, bytes_are="measured", table_bytes=tables,
+            file=file, family=known[name].family if name in known else f"{codec} {selection.split(' ')[0]}",
+            codec=codec, selection=selection, kept=kept, bytes=size, bytes_are="measured", table_bytes=tables,
             wide=size + (kept + 1) * bits / 8, accumulate=True)
     (work / "formats.json").write_text(json.dumps(notes, indent=1))
 
@@ -144,7 +150,14 @@ class Student:
         self.name = name
         self.states = np.load(path, mmap_mode="r")
         self.head = torch.from_numpy(np.load(str(path).removesuffix(".npy") + ".head.npy"))
+        self.done = Path(str(path) + ".done")
         self.logit = self.short_logit = self.hidden = self.kl = 0.0
+
+    def rows(self, rows, seq_len):
+        """Hidden states of some rows; waits for cache_states.py where it is still at work."""
+        while int(self.done.read_text() or 0) * seq_len <= rows[-1]:
+            time.sleep(1)
+        return torch.from_numpy(self.states[rows.numpy()])
 
 
 def measure(a):
@@ -197,7 +210,7 @@ def measure(a):
             marks.view(-1)[(top_ids + torch.arange(len(rows))[:, None] * vocab_size).flatten()] = False
             ids["p"] = p.view(-1)[flat].double()
         for number, s in enumerate(students):
-            chunk_of_student(s, torch.from_numpy(s.states[rows.numpy()]), p, top_ids, p_top, sparse, place, chosen,
+            chunk_of_student(s, s.rows(rows, text.seq_len), p, top_ids, p_top, sparse, place, chosen,
                              with_hidden, number == 0)
         used += len(rows)
         seen += len(rows) if with_hidden else 0
@@ -207,8 +220,8 @@ def measure(a):
         if end in points:
             for s in students:
                 growth += grown(s, weights, used, end <= hidden_rows)
+            write_results(a, students, notes, used, seen, growth)
         print(f"measure: {end}/{row_count} rows, {time.time() - begun:.0f} s", flush=True)
-    write_results(a, students, notes, used, seen, growth)
 
 
 def choose_ids(mass, frequent, share):
@@ -216,7 +229,8 @@ def choose_ids(mass, frequent, share):
     order = torch.from_numpy(mass).argsort(descending=True)
     others = order[frequent:]
     picked = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(18))[: len(others) // share]]
-    weights = torch.cat([torch.ones(len(order[:frequent])), torch.full((len(picked),), len(others) / max(1, len(picked)))])
+    weight = len(others) / max(1, len(picked))
+    weights = torch.cat([torch.ones(len(order[:frequent])), torch.full((len(picked),), weight)])
     return torch.cat([order[:frequent], picked]), weights.double()
 
 
@@ -275,7 +289,7 @@ def chunk_of_student(s, h, p, top_ids, p_top, sparse, place, chosen, with_hidden
             missing[letter] = part - row_sums(row[beyond], of_kept[beyond], count) if beyond.any() else part
         if c.targets.kind == "bucket":
             total = row_sums(row, value, count) + kept["tail"]
-            share = total - kept["tail"] / missing["q"].clamp_min(1e-12) - 1  # error is p + share q where nothing is kept
+            share = total - kept["tail"] / missing["q"].clamp_min(1e-12) - 1  # where nothing is kept: p + share q
             error = total[row] * q_i - value - (q_i - p_i)
             if with_kl:
                 true_tail = missing["p"].clamp_min(1e-30)
@@ -359,22 +373,28 @@ def write_results(a, students, notes, used, seen, growth):
             n = c.note
             measured_rows = used if n["accumulate"] else seen
             kl = students[0].configurations[name].kl / measured_rows
+            logit = s.logit if n["accumulate"] else s.short_logit
             lines.append(dict(
                 student=s.name, student_kl=s.kl / seen, name=name, family=n["family"], codec=n["codec"],
-                selection=n["selection"], target=c.targets.kind, rows=measured_rows, kept=n["kept"], bytes_per_token=n["bytes"],
-                bytes_are=n["bytes_are"] if n["bytes"] else None, table_bytes=n["table_bytes"],
+                selection=n["selection"], target=c.targets.kind, rows=measured_rows, kept=n["kept"],
+                bytes_per_token=n["bytes"], bytes_are=n["bytes_are"] if n["bytes"] else None,
+                table_bytes=n["table_bytes"],
                 bits_per_kept=n["bytes"] and 8 * n["bytes"] / n["kept"], bytes_at_202048=n["wide"],
-                kl=kl if c.targets.kind == "bucket" else None, logit_error=c.logit / (s.logit if n["accumulate"] else s.short_logit),
+                kl=kl if c.targets.kind == "bucket" else None, logit_error=c.logit / logit,
                 hidden_error=c.hidden / s.hidden if s.hidden else None,
                 weight_error=getattr(c, "weight_error", None), projection_error=getattr(c, "projection_error", None)))
     RESULTS.mkdir(exist_ok=True)
     for file, columns, table in (("cache_pareto.csv", COLUMNS, lines), ("cache_gradients.csv", GROWTH, growth)):
-        with open(Path(a.results or RESULTS) / file, "w", newline="") as out:
+        path = Path(a.results or RESULTS) / file
+        measured = {(line["student"], line["name"]) for line in table}
+        others = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+        order = list(dict.fromkeys(line["student"] for line in others + table))
+        others = [line for line in others if (line["student"], line["name"]) not in measured]
+        with open(path, "w", newline="") as out:
             writer = csv.DictWriter(out, columns, lineterminator="\n")
             writer.writeheader()
-            for line in table:
+            for line in sorted(others + table, key=lambda line: order.index(line["student"])):
                 writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in line.items()})
-    print(f"{used} rows measured, hidden gradients over {seen}")
 
 
 def main():
@@ -389,7 +409,8 @@ def main():
     arguments.add_argument("--only", help="configurations whose names contain one of these, separated by commas")
     arguments.add_argument("--sequences", dest="rows_sequences", type=int, default=400)
     arguments.add_argument("--rows", type=int, help="measure only the first of the rows")
-    arguments.add_argument("--hidden-rows", type=int, help="hidden gradients, and configurations without accumulated ones, over only the first of the rows")
+    arguments.add_argument("--hidden-rows", type=int,
+                           help="rows of hidden gradients, and of configurations without accumulated ones")
     arguments.add_argument("--frequent", type=int, default=4096)
     arguments.add_argument("--share", type=int, default=16)
     arguments.add_argument("--all-ids", action="store_true")

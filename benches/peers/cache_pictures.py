@@ -6,12 +6,13 @@ from html import escape
 COLOURS = {
     "compact min_prob": "#0b6e4f", "compact top_k": "#5fa777", "compact top_p": "#a3b18a",
     "compact threshold_sampled": "#c1121f", "raw threshold_sampled": "#f28482", "raw sampled": "#8d5524",
-    "packed min_prob": "#1d6fa5", "raw min_prob": "#7fb2d6", "packed threshold_sampled": "#9d0208", "u32 + f16": "#555555",
-    "DistillKit, symmetric_uniform tail": "#7b2d8b", "DistillKit, zero tail": "#c49bd0"}
+    "packed min_prob": "#1d6fa5", "raw min_prob": "#7fb2d6", "packed threshold_sampled": "#9d0208",
+    "u32 + f16": "#555555", "DistillKit, symmetric_uniform tail": "#7b2d8b", "DistillKit, zero tail": "#c49bd0"}
 OTHERS = ["#bc6c25", "#606c38", "#3a0ca3", "#ff006e"]
 GROWING = ["raw threshold_sampled 0.01", "raw threshold_sampled 0.003", "compact threshold_sampled 0.01",
-           "compact threshold_sampled 0.003", "raw sampled 50", "compact min_prob 0.003", "compact min_prob 0.001 cap 128",
-           "compact min_prob 0.0005 cap 256", "compact top_k 50", "DistillKit recommended, symmetric_uniform"]
+           "compact threshold_sampled 0.003", "raw sampled 50", "compact min_prob 0.003",
+           "compact min_prob 0.001 cap 128", "compact min_prob 0.0005 cap 256", "compact top_k 50",
+           "DistillKit recommended, symmetric_uniform"]
 
 
 class Panel:
@@ -72,7 +73,8 @@ class Panel:
                        (-7 - wide, 22), (-wide / 2, -20), (-wide / 2, 28), (12, 34), (12, -28)):
             box = (x + dx, y + dy - 9, x + dx + wide, y + dy + 1)
             inside = self.left <= box[0] and box[2] <= self.left + self.width and self.top <= box[1]
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in self.taken):
+            free = all(box[0] >= t[2] or t[0] >= box[2] or box[1] >= t[3] or t[1] >= box[3] for t in self.taken)
+            if inside and free:
                 break
         else:
             return
@@ -150,7 +152,8 @@ def draw_pareto(lines, path):
 def draw_gradients(lines, path):
     students = list(dict.fromkeys(line["student"] for line in lines))
     names = [name for name in GROWING if any(line["name"] == name for line in lines)]
-    palette = ["#c1121f", "#f28482", "#7f1d1d", "#f4a261", "#8d5524", "#95d5b2", "#40916c", "#0b3d2e", "#1d6fa5", "#7b2d8b"]
+    palette = ["#c1121f", "#f28482", "#7f1d1d", "#f4a261", "#8d5524", "#95d5b2", "#40916c", "#0b3d2e", "#1d6fa5",
+               "#7b2d8b"]
     colours = {name: palette[GROWING.index(name)] for name in names}
     dashed = {name: "5 3" if "compact threshold" in name else "" for name in names}
     shown = [line for line in lines if line["name"] in names]

@@ -4,8 +4,8 @@
     python benches/peers/cache_states.py cut CHECKPOINT TEXT OUT_DIR --drop 12,22 --steps 0,24 [--first 512]
 
 TEXT is a finished cache of limbeck's with codec `raw`, read for its tokens and segments (and, by `cut`, for its soft
-targets). `states` writes f32 [sequences * seq_len, D]: the states that the head is multiplied with, one row for each row
-of the cache; documents do not see each other. An interrupted run goes on where it stopped.
+targets). `states` writes f32 [sequences * seq_len, D]: the states that the head is multiplied with, one for each row of
+the cache; documents do not see each other. An interrupted run goes on where it stopped.
 
 `cut` makes students: the teacher's checkpoint without some of its layers, then trained (AdamW, forward KL over the kept
 ids and the tail) for some steps on the sequences from --first on, which nothing is measured on. It saves a checkpoint
@@ -76,6 +76,7 @@ def states(arguments):
     resumed = progress.exists() and Path(arguments.out).exists()
     done = int(progress.read_text()) if resumed else 0
     out = np.lib.format.open_memmap(arguments.out, mode="r+" if resumed else "w+", dtype=np.float32, shape=shape)
+    np.save(arguments.out.removesuffix(".npy") + ".head.npy", model.lm_head.weight.detach().float().numpy())
     begun, started = time.time(), done
     while done < text.count:
         batch = range(done, min(done + arguments.batch, text.count))
@@ -94,7 +95,6 @@ def states(arguments):
         progress.write_text(str(done))
         rate = (done - started) * text.seq_len / (time.time() - begun)
         print(f"{done}/{text.count} sequences, {rate:.0f} tokens/s", flush=True)
-    np.save(arguments.out.removesuffix(".npy") + ".head.npy", model.lm_head.weight.float().numpy())
 
 
 def load(checkpoint):
