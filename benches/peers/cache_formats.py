@@ -255,7 +255,8 @@ def from_cache(raw_folder, row_count):
     """Targets of the first rows of a finished cache of limbeck's with codec `raw` (any other: convert it first)."""
     raw_folder = Path(raw_folder)
     manifest = json.loads((raw_folder / "manifest.json").read_text())
-    if manifest["settings"]["codec"] != "raw":
+    codec = manifest["settings"]["codec"]
+    if (codec if isinstance(codec, str) else codec.get("kind")) != "raw":
         raise SystemExit(f"{raw_folder} is not raw; convert it first: limbeck cache convert")
     kind = "sampled" if "sampled" in manifest["settings"]["soft_targets"]["selection"]["kind"] else "bucket"
     parts, rows = [], 0

@@ -24,6 +24,9 @@ With p the teacher's row, q the student's, g = q - target the gradient in the lo
     weight_error     |sum over the first N rows of (g_cache - g_full) h^T| over |sum g_full h^T|: the head's gradient
     projection_error the same of W^T g h^T: the gradient of a matrix applied to h just before the head
 
+weight_error's two norms are in cache_gradients.csv by themselves: |sum g_full h^T| grows more slowly than N, so that the
+error of the mean gradient, weight_error_norm / N, shows better what averages out; cache_gradients.svg has that.
+
 The target of kept ids and tail has q's own shape within the tail (bucketed tail); sampled targets are weights as they
 are. Hidden errors, the student's KL, and all of the configurations whose accumulated gradients are not measured (raw
 and packed twins of compact ones) are over the first --hidden-rows. weight_error sums over some rows of the head: the

@@ -20,7 +20,7 @@ class Panel:
 
     def __init__(self, box, x_range, y_range, title, x_name, y_name):
         (self.left, self.top, self.width, self.height), self.x_range, self.y_range = box, x_range, y_range
-        self.out, self.taken = [], []
+        self.out, self.taken, self.labels = [], [], []
         self.rectangle(self.left, self.top, self.width, self.height)
         self.text(self.left, self.top - 10, title, size=14, weight="bold")
         self.text(self.left + self.width / 2, self.top + self.height + 36, x_name, anchor="middle")
@@ -63,8 +63,13 @@ class Panel:
             self.out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{"#ffffff" if hollow else colour}" '
                             f'stroke="{colour}" stroke-width="1.4"/>')
             self.taken.append((x - 4, y - 4, x + 4, y + 4))
-        for (x, y), words in zip(places, labels):
-            self.label(x, y, words, colour)
+        self.labels += [(x, y, words, colour) for (x, y), words in zip(places, labels)]
+
+    def finish(self):
+        """Writes the labels, when all points have their places."""
+        for label in self.labels:
+            self.label(*label)
+        return self.out
 
     def label(self, x, y, words, colour):
         """At the first place beside the point where it covers nothing."""
@@ -116,7 +121,7 @@ def write(path, size, panels, legend, places):
            f'height="{size[1]}" font-family="Helvetica, Arial, sans-serif">',
            f'<rect width="{size[0]}" height="{size[1]}" fill="#ffffff"/>']
     for panel in panels:
-        out += panel.out
+        out += panel.finish()
     for (words, colour, dashes), (x, y) in zip(legend, places):
         out.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 26}" y2="{y - 4}" stroke="{colour}" stroke-width="2.4" '
                    f'stroke-dasharray="{dashes}"/><text x="{x + 32}" y="{y}" font-size="12" fill="#222222">'
@@ -156,19 +161,25 @@ def draw_gradients(lines, path):
                "#7b2d8b"]
     colours = {name: palette[GROWING.index(name)] for name in names}
     dashed = {name: "5 3" if "compact threshold" in name else "" for name in names}
+    for student in students:  # the error of the mean gradient, of the full one's size over all rows
+        own = [line for line in lines if line["student"] == student]
+        last = max(own, key=lambda line: int(line["rows"]))
+        whole = number(last, "weight_norm") / number(last, "rows")
+        for line in own:
+            line["mean_error"] = number(line, "weight_error_norm") / number(line, "rows") / whole
     shown = [line for line in lines if line["name"] in names]
     rows = span([number(line, "rows") for line in lines], 1.1)
-    errors = span([number(line, "weight_error") for line in shown])
+    errors = span([line["mean_error"] for line in shown])
     panels = []
     for place, student in enumerate(students):
-        panel = Panel((66 + 410 * place, 50, 340, 420), rows, errors, f"{student} student", "tokens summed",
-                      "error of the head's gradient")
-        start = max((number(l, "weight_error") for l in shown if l["student"] == student and "raw thr" in l["name"]),
+        panel = Panel((66 + 410 * place, 50, 340, 420), rows, errors, f"{student} student", "tokens",
+                      "error of the head's mean gradient")
+        start = max((l["mean_error"] for l in shown if l["student"] == student and "raw thr" in l["name"]),
                     default=errors[1])
         ends = [(rows[0] * 1.1, start), (rows[1] / 1.1, start * math.sqrt(rows[0] * 1.21 / rows[1]))]
         panel.line([(panel.x(x), panel.y(max(y, errors[0]))) for x, y in ends], "#bbbbbb", 1.2, "2 4")
         for name in names:
-            points = [(number(l, "rows"), number(l, "weight_error")) for l in shown
+            points = [(number(l, "rows"), l["mean_error"]) for l in shown
                       if l["student"] == student and l["name"] == name]
             panel.curve(points, colours[name], dashes=dashed[name])
         panels.append(panel)
