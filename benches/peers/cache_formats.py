@@ -55,13 +55,13 @@ class Format:
 
 @dataclasses.dataclass
 class Rows:
-    """A chunk: top ids and log-probabilities [n, WIDTH] in descending order, dense p [n, V], one uniform draw each."""
+    """A chunk: top ids and log-probabilities [n, WIDTH] in descending order, dense p [n, V], a uniform draw per row."""
 
     ids: torch.Tensor
     log_p: torch.Tensor
     tails: torch.Tensor  # probability outside the first j + 1 of the top ids, [n, WIDTH]
     p: torch.Tensor
-    draws: torch.Tensor  # [n, V], uniform
+    draws: torch.Tensor  # [n, 1], f64
     generator: torch.Generator
 
 
@@ -119,15 +119,24 @@ def exact(choose, step=None):
 
 
 def threshold_sampled(c, step=None):
-    """p >= c is kept as it is (`step`: to the nearest level in sqrt(p)), a smaller p with probability p / c at c."""
+    """p >= c is kept as it is (`step`: to the nearest level in sqrt(p)), a smaller p with probability p / c at c: where
+    the points (u + 0) c, (u + 1) c, ... fall in the running sum of the smaller ones, u one draw per row."""
 
     def keep(rows):
-        where = (rows.draws * c < rows.p).nonzero()
-        p = rows.p[where[:, 0], where[:, 1]]
-        head = p >= c
-        level = (p.sqrt() / step).round() * step if step else p.sqrt()
-        values = torch.where(head, level**2, c).log()
-        return flat("sampled", where, values, len(rows.p))
+        parts = []
+        for first in range(0, len(rows.p), 256):
+            p, draws = rows.p[first : first + 256], rows.draws[first : first + 256]
+            sums = torch.where(p < c, p, 0).cumsum(-1, dtype=torch.float64)
+            points = (draws + torch.arange(math.ceil(1 / c))) * c
+            row, column = (points < sums[:, -1:]).nonzero().T
+            light = row * p.shape[1] + torch.searchsorted(sums, points, right=True)[row, column]
+            heavy = (p >= c).flatten().nonzero()[:, 0]
+            keys = torch.cat([light, heavy]).sort().values
+            where = torch.stack([keys // p.shape[1], keys % p.shape[1]], 1)
+            p = p.flatten()[keys]
+            level = (p.sqrt() / step).round() * step if step else p.sqrt()
+            parts.append(flat("sampled", where, torch.where(p >= c, level**2, c).log(), len(draws)))
+        return join(parts)
 
     return keep
 

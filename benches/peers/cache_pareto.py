@@ -93,7 +93,7 @@ def make_targets(a):
         rest = torch.maximum(rest, p.scatter(1, ids, 0).sum(-1, keepdim=True).double())
         after = values.double().flip(-1).cumsum(-1).flip(-1)
         tails = (rest + torch.cat([after[:, 1:], torch.zeros(len(p), 1)], 1)).float()
-        draws = torch.rand(p.shape, generator=generator)
+        draws = torch.rand(len(p), 1, generator=generator, dtype=torch.float64)
         rows = Rows(ids, values.log(), tails, p, draws, generator)
         for f in listed:
             if f.name in made:
