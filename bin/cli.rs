@@ -170,6 +170,13 @@ pub enum CacheCommand {
     /// version to the present one. A conversion that was interrupted goes on where it stopped.
     Convert(CacheConvertArgs),
 
+    /// Put the parts of a cache together that were written in directories of their own
+    ///
+    /// For writers that share no disk: give each its own --run-dir and its --shard I/N, and name the directories of their caches
+    /// here. The bytes are those that one writer would have written. Parts that were killed serve as far as they came; what no
+    /// part has is named. A merge that was interrupted goes on where it stopped.
+    Merge(CacheMergeArgs),
+
     /// Make a cache of soft targets that another program captured
     ///
     /// What such files do not say is filled in, and the manifest says so: tails are one minus the sum of the kept probabilities,
@@ -194,6 +201,20 @@ pub struct CacheConvertArgs {
     /// The encoding to write
     #[arg(long, value_name = "CODEC", value_parser = codec)]
     pub codec: Codec,
+
+    /// Levels that the square root of a probability is rounded to [default: 63 with packed, 128 with compact]
+    #[arg(long, value_name = "COUNT")]
+    pub levels: Option<u16>,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheMergeArgs {
+    /// The directory to write
+    pub output: PathBuf,
+
+    /// Directories with parts, finished or not
+    #[arg(required = true)]
+    pub parts: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -62,14 +62,14 @@ where
     writer.finish()
 }
 
-/// Writes `input` once more into `directory`, encoded by `codec`. Everything else stays: sequences, order, shards,
+/// Writes `input` once more into `directory`, encoded by `codec`, rounded to `levels` where it rounds. Everything else stays: sequences, order, shards,
 /// settings and the fingerprints in them, so that whoever asks for the one is served by the other.
 ///
 /// # Errors
 /// [`Error::Shard`](crate::Error::Shard) when the input is damaged; those of [`CacheWriter`].
-pub fn convert(input: &CacheReader, directory: &Path, codec: Codec) -> Result<Manifest> {
+pub fn convert(input: &CacheReader, directory: &Path, codec: Codec, levels: Option<u16>) -> Result<Manifest> {
     let manifest = input.manifest();
-    let settings = CacheSettings { codec, levels: None, ..manifest.settings.clone() };
+    let settings = CacheSettings { codec, levels, ..manifest.settings.clone() };
     let full = settings.sequences_per_shard as u64;
     write_whole(directory, settings, |first| {
         (first..input.sequence_count()).map(move |number| {
