@@ -27,11 +27,11 @@ pub struct Summary {
     pub shards: usize,
     /// Of the whole cache, exact.
     pub counts: Counts,
-    /// Bytes of all shards.
+    /// Bytes of all shards, and of the coder's tables.
     pub bytes: u64,
     /// `bytes / counts.valid_rows`, exact.
     pub bytes_per_token: f64,
-    /// `8 * bytes / counts.kept_ids`: everything in the shards, counted on what is kept. 0 where nothing is.
+    /// `8 * bytes / counts.kept_ids`: everything, counted on what is kept. 0 where nothing is.
     pub bits_per_kept: f64,
     /// Sequences that the following statistics looked into; smaller than `counts.sequences` in a large cache.
     pub sequences_read: u64,
@@ -165,7 +165,8 @@ impl CacheReader {
         let kept = &statistics.kept;
         let kept_min = kept.first_key_value().map_or(0, |(kept, _)| *kept);
         let kept_max = kept.last_key_value().map_or(0, |(kept, _)| *kept);
-        let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
+        let coder = manifest.coder.as_ref().map_or(0, |coder| coder.bytes);
+        let bytes = coder + manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>();
         Ok(Summary {
             shards: manifest.shards.len(),
             counts,
@@ -227,7 +228,8 @@ impl CacheReader {
             made_of.extend(found.map(|(name, bytes)| (format!("records: {name}"), share(bytes))));
             parts.remove(records::RECORDS);
         }
-        let parts = parts.into_iter().chain(made_of).chain([("headers".to_string(), headers)]);
+        let coder = manifest.coder.iter().map(|coder| ("coder".to_string(), coder.bytes));
+        let parts = parts.into_iter().chain(made_of).chain(coder).chain([("headers".to_string(), headers)]);
         Ok(parts.map(|(name, bytes)| Part { name, bytes, bytes_per_token: per_token(bytes) }).collect())
     }
 
