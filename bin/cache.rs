@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use limbeck::cache::{self, CacheReader, Manifest};
+use limbeck::cache::{self, CacheReader, Conversion, Manifest, Selection};
 use limbeck::checkpoint::CheckpointReader;
 use limbeck::fidelity;
 use limbeck::import::{self, ImportOptions, ImportReport, RowPlace};
@@ -39,7 +39,20 @@ pub fn run(args: &CacheArgs) -> Result<()> {
 fn convert(args: &CacheConvertArgs) -> Result<()> {
     let input = CacheReader::open(&args.input)?;
     let before = &input.manifest().settings.codec;
-    let manifest = cache::convert(&input, &args.output, args.codec, args.levels)?;
+    let selection = match (args.theta, args.cap) {
+        (None, None) => None,
+        (theta, cap) => {
+            let (kept, usual) = (input.manifest().settings.soft_targets.as_ref(), Selection::default().most_ids());
+            let theta = theta.unwrap_or(match kept.map(|kept| &kept.selection) {
+                Some(Selection::MinProb { theta, .. }) => *theta,
+                _ => 1e-3,
+            });
+            let cap = cap.unwrap_or(kept.map_or(usual, |kept| kept.selection.most_ids().min(usual)));
+            Some(Selection::MinProb { theta, cap })
+        }
+    };
+    let conversion = Conversion { codec: args.codec, levels: args.levels, selection };
+    let manifest = cache::convert(&input, &args.output, &conversion)?;
     let bytes = |manifest: &Manifest| {
         let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
         (bytes, bytes as f64 / manifest.counts.valid_rows.max(1) as f64)

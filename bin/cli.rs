@@ -166,7 +166,7 @@ pub struct CacheArgs {
 pub enum CacheCommand {
     /// Write a cache once more, in another encoding
     ///
-    /// Everything else stays, the fingerprints of teacher, tokenizer and data as well. Also brings a cache of an older format
+    /// With --theta and --cap, keeps fewer of its ids. Everything else stays, the fingerprints of teacher, tokenizer and data as well. Also brings a cache of an older format
     /// version to the present one. A conversion that was interrupted goes on where it stopped.
     Convert(CacheConvertArgs),
 
@@ -205,6 +205,14 @@ pub struct CacheConvertArgs {
     /// Levels that the square root of a probability is rounded to [default: 63 with packed, 128 with compact]
     #[arg(long, value_name = "COUNT")]
     pub levels: Option<u16>,
+
+    /// Keep only ids of at least this probability; the rest joins the tail
+    #[arg(long, value_name = "PROBABILITY")]
+    pub theta: Option<f64>,
+
+    /// Keep at most as many ids of a row
+    #[arg(long, value_name = "COUNT")]
+    pub cap: Option<usize>,
 }
 
 #[derive(Debug, Args)]

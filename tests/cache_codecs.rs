@@ -168,8 +168,14 @@ fn rounding_happens_once() {
     for codec in [Codec::Packed, Codec::Compact] {
         let name = |step: &str| path(&format!("{codec:?} {step}"));
         write_distributions(&name("first"), &of_codec(codec), 20);
-        convert(&CacheReader::open(name("first")).unwrap(), &name("raw"), Codec::Raw, None).unwrap();
-        convert(&CacheReader::open(name("raw")).unwrap(), &name("again"), codec, None).unwrap();
+        convert(
+            &CacheReader::open(name("first")).unwrap(),
+            &name("raw"),
+            &Conversion { codec: Codec::Raw, ..Default::default() },
+        )
+        .unwrap();
+        convert(&CacheReader::open(name("raw")).unwrap(), &name("again"), &Conversion { codec, ..Default::default() })
+            .unwrap();
         let (first, again) = (files(&name("first")), files(&name("again")));
         let shards = |files: &std::collections::BTreeMap<String, Vec<u8>>| {
             files.iter().filter(|(file, _)| *file != MANIFEST_FILE).map(|(_, bytes)| bytes.clone()).collect::<Vec<_>>()
@@ -178,7 +184,7 @@ fn rounding_happens_once() {
     }
     // Both codecs write the same numbers when they round alike.
     let raw = CacheReader::open(path("Compact raw")).unwrap();
-    convert(&raw, &path("packed"), Codec::Packed, Some(128)).unwrap();
+    convert(&raw, &path("packed"), &Conversion { codec: Codec::Packed, levels: Some(128), selection: None }).unwrap();
     let packed = CacheReader::open(path("packed")).unwrap();
     for number in 0..20 {
         let of = |cache: &CacheReader| cache.read(&[number]).unwrap().targets.unwrap();

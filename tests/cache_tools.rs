@@ -27,7 +27,9 @@ fn a_conversion_keeps_every_number_and_every_identity() {
         let folder = tempfile::tempdir().unwrap();
         let (from, to) = (folder.path().join("from"), folder.path().join("to"));
         let manifest = write(&from, &settings(6, 3, &temperatures), 8);
-        let converted = convert(&CacheReader::open(&from).unwrap(), &to, Codec::Raw, None).unwrap();
+        let converted =
+            convert(&CacheReader::open(&from).unwrap(), &to, &Conversion { codec: Codec::Raw, ..Default::default() })
+                .unwrap();
         assert_eq!(small_run::files(&from), small_run::files(&to));
         assert_eq!((converted.root, converted.counts), (manifest.root, manifest.counts));
     }
@@ -45,7 +47,7 @@ fn an_interrupted_conversion_goes_on_to_the_same_bytes() {
         (first..3).map(|number| Ok(sample(&settings, number))).chain(std::iter::once_with(stop))
     });
     assert_eq!(stopped.unwrap_err().to_string(), "stopped; go on");
-    convert(&CacheReader::open(&from).unwrap(), &to, Codec::Raw, None).unwrap();
+    convert(&CacheReader::open(&from).unwrap(), &to, &Conversion { codec: Codec::Raw, ..Default::default() }).unwrap();
     assert_eq!(small_run::files(&from), small_run::files(&to));
 }
 

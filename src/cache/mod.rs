@@ -27,6 +27,7 @@ mod lease;
 mod manifest;
 mod merge;
 mod model;
+mod narrow;
 mod owner;
 mod packed;
 mod part;
@@ -54,7 +55,7 @@ mod writer;
 
 pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
-pub use convert::{WholeSequence, convert, write_whole};
+pub use convert::{Conversion, WholeSequence, convert, write_whole};
 pub use histogram::Histogram;
 pub use manifest::{
     CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
