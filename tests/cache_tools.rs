@@ -12,7 +12,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use cache_samples::{sample, settings, write};
-use limbeck::cache::{CacheReader, Codec, convert, write_whole};
+use limbeck::cache::{CacheReader, Codec, Conversion, convert, write_whole};
 use limbeck::fidelity;
 use serde_json::Value;
 use small_run::{SmallRun, limbeck};
