@@ -128,18 +128,26 @@ impl ObjectFiles {
             let tip = "use s3://, gs://, az://, http://, https:// or file://, and give credentials in the environment";
             Error::usage(format!("{name}: this address cannot be used: {error}"), tip)
         };
-        let (scheme, prefix) = ObjectStoreScheme::parse(&parsed).map_err(|error| unusable(one_line(&error.to_string())))?;
+        let (scheme, prefix) =
+            ObjectStoreScheme::parse(&parsed).map_err(|error| unusable(one_line(&error.to_string())))?;
         let store = make_store(&scheme, &parsed, &options)
             .ok_or_else(|| unusable("there is no store of this kind".into()))?
             .map_err(|error| unusable(described(&error)))?;
         ObjectFiles::of(store, prefix, name.into(), options)
     }
 
-    fn of(store: Arc<dyn ObjectStore>, prefix: ObjectPath, name: PathBuf, options: ObjectOptions) -> Result<ObjectFiles> {
+    fn of(
+        store: Arc<dyn ObjectStore>,
+        prefix: ObjectPath,
+        name: PathBuf,
+        options: ObjectOptions,
+    ) -> Result<ObjectFiles> {
         let (runner, handle) = Runner::start().map_err(Error::io(&name))?;
         let kept = RangeStore::new(options.memory);
         let (files, counts) = (Mutex::default(), AtomicCounts::default());
-        Ok(ObjectFiles { remote: Arc::new(Remote { store, prefix, name, options, handle, _runner: runner, kept, files, counts }) })
+        Ok(ObjectFiles {
+            remote: Arc::new(Remote { store, prefix, name, options, handle, _runner: runner, kept, files, counts }),
+        })
     }
 
     /// The address, without secrets.

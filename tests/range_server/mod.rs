@@ -138,7 +138,8 @@ impl Shared {
             let mut words = head[0].split(' ');
             let (method, path) = (words.next().unwrap().to_string(), words.next().unwrap().to_string());
             let header = |name: &str| {
-                let named = |line: &&String| line.split_once(':').is_some_and(|(key, _)| key.eq_ignore_ascii_case(name));
+                let named =
+                    |line: &&String| line.split_once(':').is_some_and(|(key, _)| key.eq_ignore_ascii_case(name));
                 head[1..].iter().find(named).map(|line| line.split_once(':').unwrap().1.trim().to_string())
             };
             let range = header("range").map(|range| {
