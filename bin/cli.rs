@@ -132,7 +132,7 @@ pub struct EvaluateArgs {
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A recipe, or the directory of a cache, a checkpoint or a run
+    /// A recipe, the directory of a cache, a checkpoint or a run, or the address of a cache
     pub path: PathBuf,
 
     /// Override one key of the recipe, as in --set cache.top_k=32; may be given several times

@@ -1,5 +1,6 @@
 //! `inspect`: what a path holds, decided by what it is.
 
+use limbeck::cache::is_url;
 use limbeck::inputs::Inputs;
 use limbeck::recipe::{Plan, Recipe};
 use limbeck::run::RunOptions;
@@ -11,6 +12,13 @@ use crate::{inspect_cache, inspect_checkpoint};
 
 pub fn run(args: &InspectArgs) -> Result<()> {
     let path = &args.path;
+    if is_url(path) {
+        if args.tensors || !args.set.is_empty() {
+            let problem = format!("{} is the address of a cache", path.display());
+            return Err(Error::usage(problem, "use --set with recipes and --tensors with checkpoints only"));
+        }
+        return inspect_cache::run(args);
+    }
     if !path.exists() {
         let problem = format!("there is nothing at {}", path.display());
         return Err(Error::usage(problem, "name a recipe, or the directory of a cache, a checkpoint or a run"));

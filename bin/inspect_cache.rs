@@ -2,9 +2,9 @@
 //! As text, as JSON, and as a page with pictures.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use limbeck::cache::{CacheReader, CacheSettings, Histogram, Summary};
+use limbeck::cache::{CacheReader, CacheSettings, Histogram, Summary, inside, is_url};
 use limbeck::eval::cache_page;
 use limbeck::targets::TargetKind;
 use limbeck::{Error, Result};
@@ -14,16 +14,8 @@ use crate::cli::InspectArgs;
 use crate::output::print;
 
 pub fn run(args: &InspectArgs) -> Result<()> {
-    // The cache of a run is a directory with one cache for each split.
-    let splits: Vec<_> = ["train", "held_out"].iter().map(|split| args.path.join(split)).collect();
-    let mut directories: Vec<PathBuf> =
-        splits.into_iter().filter(|split| split.join("manifest.json").is_file()).collect();
-    if directories.is_empty() {
-        directories.push(args.path.clone());
-    }
     let mut caches = vec![];
-    for directory in directories {
-        let cache = CacheReader::open(directory)?;
+    for cache in open(&args.path)? {
         let summary = cache.summary()?;
         if args.json {
             json(&cache, &summary)?
@@ -37,7 +29,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     }
     if let Some(path) = &args.html {
         let shown: Vec<_> = caches.iter().map(|(cache, summary)| (cache.manifest(), summary)).collect();
-        let name = args.path.canonicalize().map_err(Error::io(&args.path))?;
+        let name = if is_url(&args.path) { Ok(args.path.clone()) } else { args.path.canonicalize() };
+        let name = name.map_err(Error::io(&args.path))?;
         let page = cache_page::html(&name.file_name().unwrap_or_default().to_string_lossy(), &shown);
         std::fs::write(path, page).map_err(Error::io(path))?;
         if !args.json {
@@ -45,6 +38,28 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The cache in a directory or at an address, or one for each split below it: that is what a run has.
+fn open(path: &Path) -> Result<Vec<CacheReader>> {
+    let splits = ["train", "held_out"].map(|split| inside(path, split));
+    if is_url(path) {
+        let whole = CacheReader::open(path);
+        // What is at an address is known by trying.
+        return match &whole {
+            Err(Error::File { .. }) => match splits.iter().map(CacheReader::open).collect::<Vec<_>>() {
+                opened if opened.iter().all(|split| matches!(split, Err(Error::File { .. }))) => Ok(vec![whole?]),
+                opened => opened.into_iter().filter(|split| !matches!(split, Err(Error::File { .. }))).collect(),
+            },
+            _ => Ok(vec![whole?]),
+        };
+    }
+    let mut directories: Vec<&Path> =
+        splits.iter().map(PathBuf::as_path).filter(|split| split.join("manifest.json").is_file()).collect();
+    if directories.is_empty() {
+        directories.push(path);
+    }
+    directories.into_iter().map(CacheReader::open).collect()
 }
 
 /// What `--json` prints of one cache.

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use crate::{
     cache::{
         CacheReader, CacheSettings, CacheWriter, Expectation, Missing, Next, Outcome, Reuse, SoftTargetSettings,
-        TeacherIdentity, TokenizerIdentity,
+        TeacherIdentity, TokenizerIdentity, inside, is_url,
     },
     checkpoint::CheckpointReader,
     data::{DataLoader, HeldOut, Position},
@@ -106,7 +106,7 @@ pub fn open(inputs: &Inputs) -> Result<Caches> {
         seq_len: Some(inputs.data.seq_len),
         ..Expectation::default()
     };
-    let open = |split: &str| CacheReader::open_expecting(inputs.plan.cache_dir.join(split), &expectation);
+    let open = |split: &str| CacheReader::open_expecting(inside(&inputs.plan.cache_dir, split), &expectation);
     let held_out = if inputs.data.held_out.is_none() { None } else { Some(open("held_out")?) };
     Ok(Caches { train: open("train")?, held_out })
 }
@@ -163,9 +163,15 @@ impl<'a> Filler<'a> {
     }
 
     fn fill(&mut self, split: &str) -> Result<(PathBuf, Filled)> {
-        let dir = self.inputs.plan.cache_dir.join(split);
+        let dir = inside(&self.inputs.plan.cache_dir, split);
         let loader = self.loader(split, None)?;
         let settings = self.settings(split, &loader)?;
+        if is_url(&dir) {
+            // What is elsewhere is read only.
+            let cache = CacheReader::open(&dir)?;
+            cache.expect_settings(&settings)?;
+            return Ok((dir, Filled::Whole(Box::new(cache))));
+        }
         let mut writer = CacheWriter::create_or_resume(&dir, settings, self.options.part)?;
         if !writer.is_finished() {
             self.write(split, &dir, loader, &mut writer)?;

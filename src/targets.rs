@@ -158,10 +158,33 @@ impl DistillBatch {
     pub fn row_count(&self) -> usize {
         self.sequences.len() * self.seq_len()
     }
+
+    /// Puts the sequences of another batch of the same source behind those of this one.
+    ///
+    /// # Panics
+    /// When only one of them has targets, or weights.
+    pub fn append(&mut self, other: DistillBatch) {
+        if other.sequences.is_empty() {
+            return;
+        }
+        if self.sequences.is_empty() {
+            *self = other;
+            return;
+        }
+        self.sequences.extend(other.sequences);
+        match (&mut self.targets, &other.targets) {
+            (Some(mine), Some(theirs)) => mine.extend(theirs),
+            (mine, theirs) => assert!(mine.is_none() && theirs.is_none(), "targets beside none"),
+        }
+        match (&mut self.row_weights, other.row_weights) {
+            (Some(mine), Some(theirs)) => mine.extend(theirs),
+            (mine, theirs) => assert!(mine.is_none() && theirs.is_none(), "weights beside none"),
+        }
+    }
 }
 
-/// Where batches come from: a cache on disk, or a live teacher.
-pub trait TargetSource {
+/// Where batches come from: a cache on disk, or a live teacher. Several threads may read at once.
+pub trait TargetSource: Sync {
     /// Number of packed sequences.
     fn sequence_count(&self) -> u64;
     /// Predictions per sequence.

@@ -175,8 +175,8 @@ fn the_control_differs_from_the_student_by_its_loss_alone() {
     let (student, control) = (logged(&small.path("same"), "student").0, logged(&small.path("same"), "control").0);
     assert_eq!(student.len(), 6);
     for (student, control) in student.iter().zip(&control) {
-        let expected =
-            StepMetrics { arm: "student".into(), tokens_per_second: student.tokens_per_second, ..control.clone() };
+        let StepMetrics { tokens_per_second, data_wait, .. } = *student;
+        let expected = StepMetrics { arm: "student".into(), tokens_per_second, data_wait, ..control.clone() };
         assert_eq!(*student, expected);
     }
 
@@ -481,4 +481,44 @@ fn ctrl_c_saves_the_state_and_the_same_command_goes_on() {
     assert!(outcome.stderr.contains(&going_on), "{}", outcome.stderr);
     let (steps, _) = logged(&run_dir, "student");
     assert_eq!(steps.iter().map(|line| line.step).collect::<Vec<_>>(), (1..=200).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_finished_cache_at_an_address_trains_the_same_student_and_nothing_is_written_there() {
+    let small = SmallRun::new();
+    let keys = ["train.steps=4", "train.lr.warmup=1", "loss.temperature=1.0"];
+    distill::run(&small.recipe(&keys), &small.options("near")).unwrap();
+    let cache = small.path("near/cache");
+    let before = times(&cache);
+    let dir = format!("cache.dir=file://{}", cache.display());
+    let with_address = |more: &str| small.recipe(&[keys[0], keys[1], keys[2], &dir, more]);
+    distill::run(&with_address("seed=17"), &small.options("far")).unwrap();
+    assert!(weights(&small.path("far"), 4) == weights(&small.path("near"), 4));
+    assert_eq!(times(&cache), before);
+    assert!(!small.path("far/cache").exists());
+
+    // It has to be the cache that the recipe would make.
+    let error = distill::run(&with_address("cache.top_k=4"), &small.options("other")).unwrap_err().to_string();
+    let name = cache.join("train").display().to_string();
+    assert!(
+        error.contains(&name)
+            && error.ends_with("give the address of another cache, or the settings that this one was made with"),
+        "{error}"
+    );
+    let nothing = format!("cache.dir=file://{}", small.path("nothing").display());
+    let recipe = small.recipe(&[keys[0], keys[1], keys[2], &nothing]);
+    let error = distill::run(&recipe, &small.options("nothing")).unwrap_err().to_string();
+    assert!(error.contains("there is no cache here (no manifest.json)"), "{error}");
+    assert!(!small.path("nothing/train").exists());
+}
+
+#[cfg(not(feature = "object-store"))]
+#[test]
+fn an_address_asks_for_a_build_that_can_read_it() {
+    let small = SmallRun::new();
+    let recipe = small.recipe(&["cache.dir=s3://bucket/cache"]);
+    let error = distill::run(&recipe, &small.options("far")).unwrap_err();
+    let expected = "s3://bucket/cache/train: this limbeck was built without object stores; build it with \
+                    `--features object-store`, or copy the cache to this machine";
+    assert_eq!((error.to_string().as_str(), error.exit_code()), (expected, 2));
 }

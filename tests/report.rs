@@ -29,6 +29,7 @@ fn step(arm: &str, step: u64) -> StepMetrics {
         learning_rate: 3e-3 * (step as f64 / 40.0).min(1.0) * (0.55 + 0.45 * (std::f64::consts::PI * time).cos()),
         grad_norm: 0.8 + 6.0 * (-20.0 * time).exp() + 0.4 * noise.abs(),
         tokens_per_second: 6_100.0 + 400.0 * noise,
+        data_wait: 0.001,
         expert_load: vec![vec![0.3, 0.2, 0.25, 0.25]],
     }
 }
@@ -346,6 +347,7 @@ fn a_metrics_line_is_one_tagged_object() {
             hard_gradient_norm: 0.9,
             grad_norm: 0.75,
             tokens_per_second: 6e3,
+            data_wait: 0.0,
             loss: 4.0,
             hard_loss: 4.0,
             soft_loss: None,
@@ -357,7 +359,7 @@ fn a_metrics_line_is_one_tagged_object() {
         .unwrap();
     // Each line is in the file as soon as it is written.
     insta::assert_snapshot!(std::fs::read_to_string(&path).unwrap(), @r#"
-    {"kind":"step","arm":"student","step":0,"total_steps":400,"tokens_seen":2048,"epoch":0,"loss":4.0,"soft_loss":null,"hard_loss":4.0,"soft_weight":0.0,"hard_weight":1.0,"soft_gradient_norm":null,"hard_gradient_norm":0.9,"aux_loss":1.02,"learning_rate":0.0,"grad_norm":0.75,"tokens_per_second":6000.0,"expert_load":[[0.3,0.2,0.25,0.25]]}
+    {"kind":"step","arm":"student","step":0,"total_steps":400,"tokens_seen":2048,"epoch":0,"loss":4.0,"soft_loss":null,"hard_loss":4.0,"soft_weight":0.0,"hard_weight":1.0,"soft_gradient_norm":null,"hard_gradient_norm":0.9,"aux_loss":1.02,"learning_rate":0.0,"grad_norm":0.75,"tokens_per_second":6000.0,"data_wait":0.0,"expert_load":[[0.3,0.2,0.25,0.25]]}
     {"kind":"evaluation","arm":"student","step":0,"cross_entropy":4.0,"perplexity":50.0,"bits_per_byte":1.5,"kl_to_teacher":0.5,"top1_agreement":0.6}
     "#);
 }

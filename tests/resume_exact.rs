@@ -3,12 +3,11 @@
 
 mod small_run;
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use burn::tensor::Device;
 use limbeck::checkpoint::{CheckpointReader, checkpoint_dir};
@@ -32,11 +31,11 @@ use small_run::*;
 const VOCAB: usize = 96;
 const STEPS: u64 = 12;
 
-/// Packed sequences with a teacher's targets, in memory. Sets a flag at one of its readings.
+/// Packed sequences with a teacher's targets, in memory. Sets a flag at one of the evaluations.
 struct Source {
     sequences: Vec<PackedSequence>,
     targets: Vec<SparseTargets>,
-    readings: Cell<u64>,
+    evaluations: AtomicU64,
     stop_at: Option<(u64, Arc<AtomicBool>)>,
 }
 
@@ -50,7 +49,7 @@ impl Source {
         let teacher = random_model(scout(2, VOCAB).decoder(Path::new("teacher")).unwrap(), 5, &Device::flex());
         let targets =
             ResidentTeacher::new(teacher, Selection::TopK { k: 8 }, &[1.0]).unwrap().targets(&sequences, 0).unwrap();
-        Source { sequences, targets, readings: Cell::new(0), stop_at: None }
+        Source { sequences, targets, evaluations: AtomicU64::new(0), stop_at: None }
     }
 }
 
@@ -64,12 +63,6 @@ impl TargetSource for Source {
     }
 
     fn read(&self, numbers: &[u64]) -> Result<DistillBatch> {
-        self.readings.set(self.readings.get() + 1);
-        if let Some((reading, stop)) = &self.stop_at
-            && *reading == self.readings.get()
-        {
-            stop.store(true, Ordering::Relaxed);
-        }
         let sequences = numbers.iter().map(|&number| self.sequences[number as usize].clone()).collect();
         let mut targets = SparseTargets::empty(&[1.0]);
         numbers.iter().for_each(|&number| targets.extend(&self.targets[number as usize]));
@@ -115,6 +108,12 @@ fn train(dir: &Path, config: TrainConfig, source: &Source) -> Result<()> {
         progress: Progress::silent(),
         stop: source.stop_at.as_ref().map(|(_, stop)| stop.clone()).unwrap_or_default(),
         evaluate: Some(Box::new(|model: &Decoder| {
+            let number = source.evaluations.fetch_add(1, Ordering::Relaxed) + 1;
+            if let Some((last, stop)) = &source.stop_at
+                && *last == number
+            {
+                stop.store(true, Ordering::Relaxed);
+            }
             let measured = evaluate(model, &held_out, 3.0, Some(64))?;
             Ok(EvalMetrics {
                 arm: String::new(),
@@ -135,7 +134,7 @@ fn metrics(dir: &Path) -> Vec<Metric> {
     let mut metrics = read_metrics(dir.join("metrics.jsonl")).unwrap();
     for metric in &mut metrics {
         if let Metric::Step(step) = metric {
-            step.tokens_per_second = 0.0;
+            (step.tokens_per_second, step.data_wait) = (0.0, 0.0);
         }
     }
     metrics
@@ -151,20 +150,21 @@ fn assert_same_lines(left: &[Metric], right: &[Metric]) {
 fn an_interrupted_training_goes_on_to_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
-    train(&whole, config(), &Source::new()).unwrap();
+    let each_step = || TrainConfig { evaluate_every: 1, ..config() };
+    train(&whole, each_step(), &Source::new()).unwrap();
 
-    // Two micro-batches a step: the first of step 7 is reading 13. Then again in the third step after that.
-    for (reading, stopped_at) in [(13, 7), (5, 10)] {
-        let source = Source { stop_at: Some((reading, Arc::default())), ..Source::new() };
-        let error = train(&parts, config(), &source).unwrap_err();
+    // At the end of step 7, and again of the third step after that.
+    for (evaluation, stopped_at) in [(7, 7), (3, 10)] {
+        let source = Source { stop_at: Some((evaluation, Arc::default())), ..Source::new() };
+        let error = train(&parts, each_step(), &source).unwrap_err();
         let Error::Interrupted { saved } = &error else { panic!("{error}") };
         assert_eq!(*saved, checkpoint_dir(&parts, stopped_at));
         assert_eq!(error.exit_code(), 130);
     }
-    train(&parts, config(), &Source::new()).unwrap();
+    train(&parts, each_step(), &Source::new()).unwrap();
 
     let lines = metrics(&whole);
-    assert_eq!(lines.len(), STEPS as usize + 2, "every step and two evaluations");
+    assert_eq!(lines.len(), 2 * STEPS as usize - 1, "every step, and an evaluation after each but the last");
     assert_same_lines(&metrics(&parts), &lines);
     // Weights, moments, shares of the experts, counts: all that a run goes on from.
     let (whole, parts) = (files(&checkpoint_dir(&whole, STEPS)), files(&checkpoint_dir(&parts, STEPS)));
@@ -233,8 +233,8 @@ fn micro_batches_change_the_weights_by_rounding_alone() {
 fn going_on_with_other_settings_is_refused_naming_both_sides() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();
-    let source = Source { stop_at: Some((5, Arc::default())), ..Source::new() };
-    train(dir, config(), &source).unwrap_err();
+    let source = Source { stop_at: Some((3, Arc::default())), ..Source::new() };
+    train(dir, TrainConfig { evaluate_every: 1, ..config() }, &source).unwrap_err();
     let before = files(dir);
     let refusal = |config: TrainConfig, layers: usize| {
         let error = trainer(config, layers).resume(dir, &Device::flex().autodiff()).err().expect("it is refused");

@@ -96,6 +96,25 @@ fn unread(error: std::io::Error) -> String {
     format!("it cannot be read: {error}")
 }
 
+/// Bytes that passed a check. What came damaged is read once more where that may help, and never kept.
+fn read_again_if_damaged<'a, E>(
+    source: &'a dyn ShardSource,
+    range: Range<u64>,
+    check: impl Fn(&[u8]) -> Result<(), E>,
+) -> std::io::Result<Result<Cow<'a, [u8]>, E>> {
+    let bytes = source.read(range.clone())?;
+    match check(&bytes) {
+        Err(_) if source.forget(range.clone()) => {}
+        outcome => return Ok(outcome.map(|()| bytes)),
+    }
+    let again = source.read(range.clone())?;
+    let outcome = check(&again);
+    if outcome.is_err() {
+        source.forget(range);
+    }
+    Ok(outcome.map(|()| again))
+}
+
 impl Checked {
     /// A shard of version 2: checks its list against `expected`, the hash in the manifest.
     pub(crate) fn open(source: Box<dyn ShardSource>, expected: &str) -> Result<Checked, Refusal> {
@@ -103,11 +122,11 @@ impl Checked {
         let Some((data_bytes, blocks)) = split(length) else {
             return Err(Refusal::Other(format!("no shard has a length of {length} bytes")));
         };
-        let list = source.read(data_bytes..length)?.into_owned();
-        let hash = blake3::hash(&list).to_hex();
-        if hash.as_str() != expected {
-            return Err(Refusal::Hash(hash.to_string()));
-        }
+        let list = read_again_if_damaged(&*source, data_bytes..length, |list| {
+            let hash = blake3::hash(list).to_hex();
+            if hash.as_str() == expected { Ok(()) } else { Err(Refusal::Hash(hash.to_string())) }
+        });
+        let list = list??.into_owned();
         let seen = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Ok(Checked { source, data_bytes, list, seen })
     }
@@ -115,13 +134,13 @@ impl Checked {
     /// A shard of version 1: checks all of it now.
     pub(crate) fn open_whole(source: Box<dyn ShardSource>, expected: &str) -> Result<Checked, Refusal> {
         let length = source.length();
-        let bytes = source.read(0..length)?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_rayon(&bytes);
-        let hash = hasher.finalize().to_hex();
-        if hash.as_str() != expected {
-            return Err(Refusal::Hash(hash.to_string()));
-        }
+        let bytes = read_again_if_damaged(&*source, 0..length, |bytes| {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update_rayon(bytes);
+            let hash = hasher.finalize().to_hex();
+            if hash.as_str() == expected { Ok(()) } else { Err(Refusal::Hash(hash.to_string())) }
+        });
+        let bytes = bytes??;
         // What was fetched is kept, so that the hash is of what is read later.
         let fetched = match bytes {
             Cow::Owned(bytes) => Some(bytes),
@@ -154,8 +173,7 @@ impl Checked {
             return self.source.read(range).map_err(unread);
         }
         let start = first * BLOCK_BYTES;
-        let whole = self.source.read(start..(end * BLOCK_BYTES).min(self.data_bytes)).map_err(unread)?;
-        self.check(first..end, &whole)?;
+        let whole = self.whole_blocks(first..end)?;
         let inner = (range.start - start) as usize..(range.end - start) as usize;
         Ok(match whole {
             Cow::Borrowed(bytes) => {
@@ -170,6 +188,12 @@ impl Checked {
         })
     }
 
+    fn whole_blocks(&self, blocks: Range<u64>) -> Result<Cow<'_, [u8]>, String> {
+        let range = blocks.start * BLOCK_BYTES..(blocks.end * BLOCK_BYTES).min(self.data_bytes);
+        let read = read_again_if_damaged(&*self.source, range, |bytes| self.check(blocks.clone(), bytes));
+        read.map_err(unread)?
+    }
+
     /// Checks every block, by all cores.
     pub(crate) fn verify(&self) -> Result<(), String> {
         let blocks = self.blocks();
@@ -177,9 +201,7 @@ impl Checked {
         // The first damage in the order of the file, whoever finds it.
         let damage = (0..walks).into_par_iter().find_map_first(|walk| {
             let (first, end) = (walk * BLOCKS_PER_WALK, ((walk + 1) * BLOCKS_PER_WALK).min(blocks));
-            let range = first * BLOCK_BYTES..(end * BLOCK_BYTES).min(self.data_bytes);
-            let bytes = self.source.read(range).map_err(unread);
-            bytes.and_then(|bytes| self.check(first..end, &bytes)).err()
+            self.whole_blocks(first..end).err()
         });
         damage.map_or(Ok(()), Err)
     }

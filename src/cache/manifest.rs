@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::DAMAGED;
+use super::location::is_url;
 use super::record::QuantisationError;
 use super::settings::{CacheSettings, Selection};
 use super::shard;
@@ -410,6 +411,10 @@ fn missing(directory: &Path) -> Error {
     if super::unfinished::is_unfinished(directory) {
         let again = "run `limbeck precompute-teacher-logits` again with the same recipe; it continues where it stopped";
         return Error::file(directory, "this cache is unfinished", again);
+    }
+    if is_url(directory) {
+        let tip = "check the address and its credentials; caches are written to directories, and copied once finished";
+        return Error::file(directory, "there is no finished cache here (no manifest.json)", tip);
     }
     Error::file(
         directory,

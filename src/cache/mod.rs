@@ -7,7 +7,7 @@
 //! - [`CacheWriter`] seals shard after shard, beside other writers and being killed at any moment;
 //! - [`merge`] makes one cache of parts that were written in several directories;
 //! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource), from a
-//!   directory or any other [`CacheFiles`];
+//!   directory, an address ([`CacheReader::open_url`]) or any other [`CacheFiles`];
 //! - [`convert()`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
 //! - [`Reuse`] finds targets that other caches have;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
@@ -24,14 +24,19 @@ mod convert;
 mod exact_math;
 mod histogram;
 mod lease;
+mod location;
 mod manifest;
 mod merge;
 mod model;
 mod narrow;
+#[cfg(feature = "object-store")]
+mod object_files;
 mod owner;
 mod packed;
 mod part;
 mod quantizer;
+#[cfg(feature = "object-store")]
+mod range_store;
 #[cfg(test)]
 mod ranked;
 mod rans;
@@ -57,11 +62,14 @@ pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
 pub use convert::{Conversion, WholeSequence, convert, write_whole};
 pub use histogram::Histogram;
+pub use location::{inside, is_url};
 pub use manifest::{
     CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
     ShardRecord,
 };
 pub use merge::merge;
+#[cfg(feature = "object-store")]
+pub use object_files::{ObjectCounts, ObjectFiles, ObjectOptions};
 pub use part::WriterPart;
 pub use reader::CacheReader;
 pub use reuse::Reuse;

@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 use super::DAMAGED;
 use super::blocks::{Checked, Refusal};
 use super::codec::{Block, Coder, Shape};
+use super::location::{is_url, local_directory};
 use super::manifest::{CODER_FILE, Expectation, Manifest, ShardRecord, short};
+use super::sealing::same_settings;
 use super::settings::CacheSettings;
 use super::shard::{TensorIndex, Tensors};
 use super::source::{CacheFiles, LocalFiles, read_whole};
@@ -82,7 +84,11 @@ fn other_length(length: u64, record: &ShardRecord) -> String {
 
 /// Whether a shard's file is there and has the length it was sealed with.
 pub(crate) fn check_length(files: &dyn CacheFiles, directory: &Path, record: &ShardRecord) -> Result<()> {
-    let problem = match files.length(&record.file) {
+    judge_length(files.length(&record.file), directory, record)
+}
+
+fn judge_length(length: std::io::Result<Option<u64>>, directory: &Path, record: &ShardRecord) -> Result<()> {
+    let problem = match length {
         Ok(Some(length)) if length == record.bytes => return Ok(()),
         Ok(Some(length)) => other_length(length, record),
         Ok(None) => "it is missing".into(),
@@ -109,13 +115,42 @@ pub(crate) fn refusal(refusal: Refusal, record: &ShardRecord, all: &[ShardRecord
 }
 
 impl CacheReader {
-    /// Opens the cache in `directory`: checks its manifest and the length of every shard, reads no shard.
+    /// Opens the cache in `directory`: checks its manifest and the length of every shard, reads no shard. An address in
+    /// place of a directory is [opened](Self::open_url) as such.
     ///
     /// # Errors
     /// [`Error::File`] when there is no finished cache, or when its manifest or its coder were changed;
     /// [`Error::Shard`] naming the first shard that is missing or of another length.
     pub fn open(directory: impl AsRef<Path>) -> Result<CacheReader> {
-        CacheReader::open_from(Box::new(LocalFiles::new(&directory)), directory)
+        match directory.as_ref().to_str() {
+            Some(url) if is_url(url) => CacheReader::open_url(url),
+            _ => CacheReader::open_from(Box::new(LocalFiles::new(&directory)), directory),
+        }
+    }
+
+    /// [`open`](Self::open) of an address: `s3://bucket/path`, `gs://`, `az://`, `http://`, `https://` in a program built
+    /// with the feature `object-store`, `file:///path` in any.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open); [`Error::Usage`] for an address that cannot be used.
+    pub fn open_url(url: &str) -> Result<CacheReader> {
+        match local_directory(url)? {
+            Some(directory) => CacheReader::open_from(Box::new(LocalFiles::new(&directory)), directory),
+            None => CacheReader::open_remote(url),
+        }
+    }
+
+    #[cfg(feature = "object-store")]
+    fn open_remote(url: &str) -> Result<CacheReader> {
+        let files = super::ObjectFiles::open(url, super::ObjectOptions::default())?;
+        let name = files.name().to_path_buf();
+        CacheReader::open_from(Box::new(files), name)
+    }
+
+    #[cfg(not(feature = "object-store"))]
+    fn open_remote(url: &str) -> Result<CacheReader> {
+        let problem = format!("{url}: this limbeck was built without object stores");
+        Err(Error::usage(problem, "build it with `--features object-store`, or copy the cache to this machine"))
     }
 
     /// [`open`](Self::open) of files that may be anywhere; `name` is how messages call the cache.
@@ -140,7 +175,9 @@ impl CacheReader {
                 Some(read_coder(&manifest.settings, &bytes, &path)?)
             }
         };
-        manifest.shards.iter().try_for_each(|record| check_length(&*files, &manifest.directory, record))?;
+        let names: Vec<&str> = manifest.shards.iter().map(|record| record.file.as_str()).collect();
+        let lengths = files.lengths(&names).into_iter().zip(&manifest.shards);
+        lengths.into_iter().try_for_each(|(length, record)| judge_length(length, &manifest.directory, record))?;
         let shards = manifest.shards.iter().map(|_| Mutex::new(None)).collect();
         Ok(CacheReader { files, manifest, coder, shards })
     }
@@ -154,6 +191,16 @@ impl CacheReader {
 
     pub(crate) fn coder(&self) -> Option<&Coder> {
         self.coder.as_ref()
+    }
+
+    /// Whether the cache is the one that would be written with these settings.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] naming what differs.
+    pub fn expect_settings(&self, settings: &CacheSettings) -> Result<()> {
+        let name = format!("the cache {}", self.manifest.directory.display());
+        let tip = "give the address of another cache, or the settings that this one was made with";
+        same_settings((name, &self.manifest.settings), ("this run".into(), settings), tip)
     }
 
     pub fn manifest(&self) -> &Manifest {

@@ -20,12 +20,24 @@ pub trait ShardSource: Send + Sync {
     /// # Errors
     /// [`ErrorKind::UnexpectedEof`] when the file ends before the range does.
     fn read(&self, range: Range<u64>) -> io::Result<Cow<'_, [u8]>>;
+
+    /// Drops what is kept of a range that turned out to be damaged. Whether another reading may give other bytes: not
+    /// from a disk, but from a network.
+    fn forget(&self, range: Range<u64>) -> bool {
+        let _ = range;
+        false
+    }
 }
 
 /// The files of one finished cache, by their names relative to it (`manifest.json`, `shards/00000.safetensors`).
 pub trait CacheFiles: Send + Sync {
     /// The length of a file; `None` when there is none of this name.
     fn length(&self, name: &str) -> io::Result<Option<u64>>;
+
+    /// [`length`](Self::length) of several files, in their order: where an answer takes long, all at once.
+    fn lengths(&self, names: &[&str]) -> Vec<io::Result<Option<u64>>> {
+        names.iter().map(|name| self.length(name)).collect()
+    }
 
     /// Opens a file to read parts of it.
     fn open(&self, name: &str) -> io::Result<Box<dyn ShardSource>>;

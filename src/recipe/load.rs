@@ -15,6 +15,7 @@ use toml::de::{DeTable, DeValue};
 use super::check::check;
 use super::keys::{heading, sections, tip_for_unknown};
 use super::schema::Recipe;
+use crate::cache::is_url;
 use crate::data::HeldOut;
 use crate::error::{Error, Result};
 
@@ -129,6 +130,9 @@ impl Recipe {
 }
 
 fn absolute(folder: &Path, path: &Path) -> PathBuf {
+    if is_url(path) {
+        return path.to_path_buf();
+    }
     let mut result = folder.to_path_buf();
     for part in path.components() {
         match part {

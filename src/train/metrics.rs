@@ -56,9 +56,12 @@ pub struct StepMetrics {
     /// Euclidean norm of all gradients, before clipping.
     #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
-    /// The one field that depends on the clock.
+    /// This and the next are the fields that depend on the clock.
     #[serde(deserialize_with = "number_or_nan")]
     pub tokens_per_second: f64,
+    /// Share (0..1) of the time since the last line in which the step stood still for its data.
+    #[serde(default = "unknown", deserialize_with = "number_or_nan")]
+    pub data_wait: f64,
     /// `[mixture-of-experts layers][experts]`: share of the step's tokens sent to each expert.
     #[serde(default, deserialize_with = "rows_or_nan")]
     pub expert_load: Vec<Vec<f32>>,
@@ -121,7 +124,7 @@ pub struct MetricsWriter {
 impl MetricsWriter {
     /// Opens the file for the lines of one arm, and first drops what this run will log again: that arm's lines from
     /// `resume_step` on (all of them for a run that starts afresh, `None`), and a last line that a crash tore. Lines of
-    /// other arms stay. A resumed run's file thus equals an undisturbed one's, but for tokens per second.
+    /// other arms stay. A resumed run's file thus equals an undisturbed one's, but for what depends on the clock.
     ///
     /// `resume_step` is the first step number that will be logged again; log an evaluation under a number below it,
     /// and before the checkpoint, for it to outlive the resume.

@@ -4,6 +4,7 @@ pub mod balance;
 pub mod metrics;
 pub mod optimizer;
 pub mod order;
+pub mod prefetch;
 pub mod trainer;
 
 pub use trainer::{TrainConfig, TrainOutput, Trainer};

@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use burn::tensor::Device;
@@ -19,6 +19,7 @@ use super::{
     metrics::{EvalMetrics, MetricsWriter, StepMetrics},
     optimizer::{Optimizer, OptimizerConfig},
     order::SequenceOrder,
+    prefetch::{Prefetch, Prefetcher},
 };
 use crate::{
     checkpoint::{
@@ -30,7 +31,7 @@ use crate::{
     models::{Decoder, TokenLayout},
     progress::Progress,
     schedule::LearningRate,
-    targets::TargetSource,
+    targets::{DistillBatch, TargetSource},
 };
 
 /// Settings of one training run.
@@ -150,14 +151,28 @@ impl Trainer {
 
     /// One optimizer step on the sequences that are next in the order.
     pub fn train_step(&mut self, source: &dyn TargetSource) -> Result<StepMetrics> {
-        let began = Instant::now();
         let config = &self.config;
-        let numbers = self.order.take(self.step * config.sequences_per_step, config.sequences_per_step);
+        let mut batches = micro_batches(config, &mut self.order, self.step).into_iter();
+        let mut next = || source.read(&batches.next().expect("as many as the step takes"));
+        self.step_on(&mut next, source.sequence_count()).map(|(metrics, _)| metrics)
+    }
+
+    /// One optimizer step on the micro-batches that are next, and how long it waited for them.
+    fn step_on(
+        &mut self,
+        next: &mut dyn FnMut() -> Result<DistillBatch>,
+        sequence_count: u64,
+    ) -> Result<(StepMetrics, Duration)> {
+        let began = Instant::now();
+        let mut waited = Duration::ZERO;
+        let config = &self.config;
         let (mut loss_sum, mut aux_sum, mut token_count) = (0.0, None, 0);
         let (mut soft, mut hard): (Option<TargetSums>, _) = (None, TargetSums::default());
         let mut weights = Weights { soft: 0.0, hard: 0.0 };
-        for numbers in numbers.chunks(config.sequences_per_micro_batch.max(1) as usize) {
-            let batch = source.read(numbers)?;
+        for _ in 0..config.sequences_per_step.div_ceil(config.sequences_per_micro_batch.max(1)) {
+            let asked = Instant::now();
+            let batch = next()?;
+            waited += asked.elapsed();
             let layout = TokenLayout::of_batch(&self.model.config, &batch);
             let (hidden, routings) = self.model.forward(&layout);
             let output = self.loss.forward(self.step, hidden, self.model.lm_head(), &batch)?;
@@ -194,12 +209,13 @@ impl Trainer {
         self.loss.end_step(self.step, soft.as_ref(), &hard);
         self.step += 1;
         self.tokens_seen += token_count;
-        Ok(StepMetrics {
+        let elapsed = began.elapsed().as_secs_f64();
+        let metrics = StepMetrics {
             arm: config.arm.clone(),
             step: self.step,
             total_steps: config.steps,
             tokens_seen: self.tokens_seen,
-            epoch: (self.step - 1) * config.sequences_per_step / source.sequence_count().max(1),
+            epoch: (self.step - 1) * config.sequences_per_step / sequence_count.max(1),
             loss,
             soft_loss: soft.map(|soft| soft.mean()),
             hard_loss: hard.mean(),
@@ -210,26 +226,43 @@ impl Trainer {
             aux_loss: aux_sum.map(|sum| sum / count),
             learning_rate,
             grad_norm,
-            tokens_per_second: token_count as f64 / began.elapsed().as_secs_f64(),
+            tokens_per_second: token_count as f64 / elapsed,
+            data_wait: waited.as_secs_f64() / elapsed,
             expert_load: self.balance.shares().to_vec(),
-        })
+        };
+        Ok((metrics, waited))
     }
 
-    /// Trains to the last step, or until asked to stop; leaves a checkpoint either way.
+    /// Trains to the last step, or until asked to stop; leaves a checkpoint either way. The batches of the next steps are
+    /// read in the background.
     ///
     /// # Errors
     /// [`Error::Interrupted`] when asked to stop, once the state is saved.
-    pub fn run(&mut self, source: &dyn TargetSource, mut output: TrainOutput<'_>) -> Result<()> {
+    pub fn run(&mut self, source: &dyn TargetSource, output: TrainOutput<'_>) -> Result<()> {
+        let (config, mut order) = (self.config.clone(), self.order.clone());
+        let steps = self.step..config.steps;
+        let batches = steps.flat_map(move |step| micro_batches(&config, &mut order, step));
+        Prefetcher::run(source, batches, Prefetch::default(), |batches| self.run_on(batches, source, output))
+    }
+
+    fn run_on(
+        &mut self,
+        batches: &mut Prefetcher<'_, '_>,
+        source: &dyn TargetSource,
+        mut output: TrainOutput<'_>,
+    ) -> Result<()> {
+        let mut next = || Ok(batches.next_batch()?.expect("as many as the steps take"));
         // Metrics are numbered by steps done, so those up to the checkpoint stay.
         let resumed = (self.step > 0).then_some(self.step + 1);
         std::fs::create_dir_all(&output.dir).map_err(Error::io(&output.dir))?;
         let mut metrics = MetricsWriter::open(&output.metrics, &self.config.arm, resumed)?;
         let mut progress = Some(output.progress.starting_at(self.tokens_in(self.step, source)));
         let mut saved = self.step;
-        let (mut rate_tokens, mut rate_began) = (0, Instant::now());
+        let (mut rate_tokens, mut rate_waited, mut rate_began) = (0, Duration::ZERO, Instant::now());
         while self.step < self.config.steps {
             let before = self.tokens_seen;
-            let mut step = self.train_step(source)?;
+            let (mut step, waited) = self.step_on(&mut next, source.sequence_count())?;
+            rate_waited += waited;
             rate_tokens += self.tokens_seen - before;
             if let Some(progress) = &progress {
                 progress.advance(self.config.sequences_per_step * source.seq_len() as u64);
@@ -237,12 +270,14 @@ impl Trainer {
             let every = |interval: u64| interval > 0 && self.step.is_multiple_of(interval);
             let last = self.step == self.config.steps;
             if every(self.config.log_every) || last || self.step == 1 {
-                step.tokens_per_second = rate_tokens as f64 / rate_began.elapsed().as_secs_f64();
+                let seconds = rate_began.elapsed().as_secs_f64();
+                step.tokens_per_second = rate_tokens as f64 / seconds;
+                step.data_wait = rate_waited.as_secs_f64() / seconds;
                 if let Some(progress) = &progress {
                     progress.message(&format!("loss {:.3}", step.loss));
                 }
                 metrics.write(step)?;
-                (rate_tokens, rate_began) = (0, Instant::now());
+                (rate_tokens, rate_waited, rate_began) = (0, Duration::ZERO, Instant::now());
             }
             if every(self.config.evaluate_every)
                 && !last
@@ -250,8 +285,7 @@ impl Trainer {
             {
                 let evaluation = evaluate(&self.model.frozen())?;
                 metrics.write(EvalMetrics { arm: self.config.arm.clone(), step: self.step, ..evaluation })?;
-                rate_began = Instant::now();
-                rate_tokens = 0;
+                (rate_tokens, rate_waited, rate_began) = (0, Duration::ZERO, Instant::now());
             }
             let stop = output.stop.load(Ordering::Relaxed);
             if every(self.config.checkpoint_every) || last || stop {
@@ -294,6 +328,12 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// The sequences of a step, by micro-batches.
+fn micro_batches(config: &TrainConfig, order: &mut SequenceOrder, step: u64) -> Vec<Vec<u64>> {
+    let numbers = order.take(step * config.sequences_per_step, config.sequences_per_step);
+    numbers.chunks(config.sequences_per_micro_batch.max(1) as usize).map(<[u64]>::to_vec).collect()
 }
 
 /// Everything that decides the weights, but how a step is cut into micro-batches.
