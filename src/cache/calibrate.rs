@@ -219,14 +219,16 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
                     let mut ids: Vec<u32> = vec![];
                     let mut features: Vec<Vec<u16>> = vec![];
                     let known = Known { place, previous, label, top };
-                    let facts = evidence_of(&model, &history, known, |id, kind, strength| {
-                        if places[id as usize] == 0 {
-                            ids.push(id);
-                            places[id as usize] = ids.len() as u32;
-                            features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                    let facts = evidence_of(&model, &history, known, |kind, said, strengths| {
+                        for (&id, strength) in said.iter().zip(strengths) {
+                            if places[id as usize] == 0 {
+                                ids.push(id);
+                                places[id as usize] = ids.len() as u32;
+                                features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                            }
+                            let feature = kind * STRENGTHS + *strength as usize;
+                            features[places[id as usize] as usize - 1].push(feature as u16);
                         }
-                        let feature = kind * STRENGTHS + strength as usize;
-                        features[places[id as usize] as usize - 1].push(feature as u16);
                     });
                     let facts: Vec<u16> =
                         (0..facts.len()).filter(|fact| facts[*fact]).map(|fact| (FACT_WEIGHTS + fact) as u16).collect();

@@ -88,6 +88,8 @@ pub(crate) struct Model {
     pub weights: Vec<i16>,
     /// By id: the weight of its class.
     base: Vec<i16>,
+    /// Twice the weights of evidence.
+    doubled_weights: [i16; CLASS_WEIGHTS],
 }
 
 impl Model {
@@ -112,7 +114,8 @@ impl Model {
                 }
             }
         }
-        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base }
+        let doubled_weights = std::array::from_fn(|number| weights[number].wrapping_mul(2));
+        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base, doubled_weights }
     }
 }
 
@@ -199,72 +202,88 @@ pub(crate) struct Known {
     pub top: u32,
 }
 
-/// Tells `visit` each piece of evidence (id, kind, strength), and returns the row's facts.
+/// Tells `visit` all evidence, ids of one kind at a time with the strength of each, and returns the row's facts.
 #[inline(always)]
 pub(crate) fn evidence_of(
     model: &Model,
     history: &History,
     known: Known,
-    mut visit: impl FnMut(u32, usize, u8),
+    mut visit: impl FnMut(usize, &[u32], &[u8]),
 ) -> [bool; FACTS] {
     let mut facts = [false; FACTS];
-    visit(known.label, evidence::LABEL, 0);
-    let mut list = |lists: &Lists, token: u32, kind: usize| {
-        let (ids, strengths) = lists.of(token);
-        ids.iter().zip(strengths).for_each(|(id, strength)| visit(*id, kind, *strength));
-        !ids.is_empty()
-    };
-    facts[0] = list(&model.follows, known.previous, evidence::FOLLOWS);
-    facts[1] = list(&model.together, known.label, evidence::WITH_LABEL);
+    visit(evidence::LABEL, &[known.label], &[0]);
+    let (ids, strengths) = model.follows.of(known.previous);
+    facts[0] = !ids.is_empty();
+    visit(evidence::FOLLOWS, ids, strengths);
+    let (ids, strengths) = model.together.of(known.label);
+    facts[1] = !ids.is_empty();
+    visit(evidence::WITH_LABEL, ids, strengths);
     facts[2] = known.label == known.top;
     if !facts[2] {
-        facts[3] = list(&model.together, known.top, evidence::WITH_TOP);
+        let (ids, strengths) = model.together.of(known.top);
+        facts[3] = !ids.is_empty();
+        visit(evidence::WITH_TOP, ids, strengths);
     }
-    let mut past = |row: &PastRow, kind: usize| {
-        let kept = history.ids[row.start..row.end].iter().zip(&history.strong[row.start..row.end]);
-        kept.for_each(|(id, strength)| visit(*id, kind, *strength));
-    };
+    let past = |row: &PastRow| (&history.ids[row.start..row.end], &history.strong[row.start..row.end]);
     if let Some(row) = history.row_after(known.previous) {
         let same = row.label == known.label;
         facts[if same { 4 } else { 5 }] = true;
-        past(row, if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER });
+        let (ids, strengths) = past(row);
+        visit(if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER }, ids, strengths);
     }
     if let Some(row) = history.row_before(known.label) {
         facts[6] = true;
-        past(row, evidence::BEFORE_SAME);
+        let (ids, strengths) = past(row);
+        visit(evidence::BEFORE_SAME, ids, strengths);
     }
     if let Some(row) = history.rows.last().filter(|row| row.place + 1 == known.place) {
         facts[7] = true;
-        past(row, evidence::PREVIOUS);
+        let (ids, strengths) = past(row);
+        visit(evidence::PREVIOUS, ids, strengths);
     }
-    model.order.iter().take(COMMON_IDS).for_each(|id| visit(*id, evidence::COMMON, 0));
+    let common = &model.order[..COMMON_IDS.min(model.order.len())];
+    visit(evidence::COMMON, common, &[0; COMMON_IDS][..common.len()]);
     facts
 }
 
 /// Ranks ids; keeps its room from row to row.
 pub(crate) struct Ranker {
-    /// By id: its score, or [`UNTOUCHED`].
-    scores: Vec<i16>,
+    /// By id: twice the sum of the weights of the evidence for it, and 1 if nothing was said of it yet.
+    sums: Vec<i16>,
     touched: Vec<u32>,
     keys: Vec<u8>,
-    /// Candidates, best first, and the bucket of each.
-    pub ranked: Vec<u32>,
-    pub buckets: Vec<u8>,
+    /// Candidates, best first.
+    pub ranked: Vec<Candidate>,
 }
 
-/// Sums wrap at 16 bits: scores that a calibration gives are far from that, and a damaged coder's only must not panic.
-const UNTOUCHED: i16 = i16::MIN;
+/// An id, and above it its bucket.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Candidate(u64);
+
+impl Candidate {
+    #[inline(always)]
+    pub(crate) fn id(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    pub(crate) fn bucket(self) -> usize {
+        (self.0 >> 32) as usize
+    }
+}
+
+const NOTHING_SAID: i16 = 1;
 
 impl Ranker {
     pub(crate) fn new(vocab_size: usize) -> Self {
-        let (keys, ranked, buckets) = Default::default();
-        Ranker { scores: vec![UNTOUCHED; vocab_size], touched: vec![0; 64], keys, ranked, buckets }
+        let (touched, keys, ranked) = Default::default();
+        Ranker { sums: vec![NOTHING_SAID; vocab_size], touched, keys, ranked }
     }
 
     /// Fills `ranked` with everything that something speaks for, except the top.
     pub(crate) fn rank(&mut self, model: &Model, history: &History, known: Known) {
-        let Ranker { scores, touched, keys, ranked, buckets } = self;
-        let weights = &model.weights[..CLASS_WEIGHTS];
+        let Ranker { sums, touched, keys, ranked } = self;
+        let weights = &model.doubled_weights;
         let mut count = 0;
         // Room for all that may come, so that the innermost step is a plain store.
         let lists = |lists: &Lists, token: u32| lists.of(token).0.len();
@@ -278,45 +297,68 @@ impl Ranker {
             + history.rows.last().map_or(0, |row| row.end - row.start);
         if touched.len() < most {
             touched.resize(most, 0);
+            keys.resize(most, 0);
         }
-        let facts = evidence_of(model, history, known, |id, kind, strength| {
-            let score = &mut scores[id as usize];
-            let new = *score == UNTOUCHED;
-            touched[count] = id;
-            count += usize::from(new);
-            let before = if new { model.base[id as usize] } else { *score };
-            *score = before.wrapping_add(weights[kind * STRENGTHS + strength as usize]);
+        let facts = evidence_of(model, history, known, |kind, ids, strengths| {
+            let weights: &[i16; STRENGTHS] = weights[kind * STRENGTHS..].first_chunk().expect("weights of each kind");
+            count = add(sums, touched, count, ids, strengths, weights);
         });
         let mut shift = -LEAST_SCORE;
         for (fact, weight) in facts.iter().zip(&model.weights[FACT_WEIGHTS..]) {
             shift += if *fact { i32::from(*weight) } else { 0 };
         }
-        scores[known.top as usize] = UNTOUCHED + 1;
-        keys.clear();
+        // The top is no candidate: whatever was said of it, it is dropped.
+        let top_said = std::mem::replace(&mut sums[known.top as usize], i16::MIN);
         let mut ends = [0u32; SORT_BUCKETS + 1];
-        for id in &touched[..count] {
-            let score = std::mem::replace(&mut scores[*id as usize], UNTOUCHED);
-            // The best bucket comes first; the last of all is for those that are dropped.
-            let bucket = ((i32::from(score) + shift) >> 2).clamp(-1, SORT_BUCKETS as i32 - 1);
-            let key = (SORT_BUCKETS as i32 - 1 - bucket) as usize;
-            keys.push(key as u8);
-            ends[key] += 1;
+        let mut candidates = 0;
+        for place in 0..count {
+            let id = touched[place];
+            let sum = std::mem::replace(&mut sums[id as usize], NOTHING_SAID);
+            let score = i32::from(sum >> 1) + i32::from(model.base[id as usize]);
+            // The best bucket comes first; those in the last of all are dropped.
+            let key = (SORT_BUCKETS as i32 - 1 - ((score + shift) >> 2)).clamp(0, SORT_BUCKETS as i32);
+            touched[candidates] = id;
+            keys[candidates] = key as u8;
+            candidates += usize::from(key < SORT_BUCKETS as i32);
+            ends[key as usize] += 1;
         }
-        scores[known.top as usize] = UNTOUCHED;
+        if top_said == NOTHING_SAID {
+            sums[known.top as usize] = NOTHING_SAID;
+        }
         let mut sum = 0;
         for end in &mut ends {
             sum += std::mem::replace(end, sum);
         }
-        let candidates = ends[SORT_BUCKETS] as usize;
-        ranked.resize(count, 0);
-        buckets.resize(count, 0);
-        for (id, key) in touched[..count].iter().zip(keys.iter()) {
-            let place = &mut ends[*key as usize];
-            ranked[*place as usize] = *id;
-            buckets[*place as usize] = (SORT_BUCKETS - 1 - (*key as usize).min(SORT_BUCKETS - 1)) as u8 / 2;
-            *place += 1;
+        if ranked.len() < candidates {
+            ranked.resize(candidates, Candidate::default());
         }
         ranked.truncate(candidates);
-        buckets.truncate(candidates);
+        for (id, key) in touched[..candidates].iter().zip(&keys[..candidates]) {
+            let place = &mut ends[*key as usize];
+            let bucket = (SORT_BUCKETS as u64 - 1 - u64::from(*key)) / 2;
+            ranked[*place as usize] = Candidate(bucket << 32 | u64::from(*id));
+            *place += 1;
+        }
     }
+}
+
+/// Adds the evidence of one kind to the sums. Returns the number of ids touched, which was `count`.
+#[inline(never)]
+fn add(
+    sums: &mut [i16],
+    touched: &mut [u32],
+    count: usize,
+    ids: &[u32],
+    strengths: &[u8],
+    weights: &[i16; STRENGTHS],
+) -> usize {
+    let mut count = count;
+    for (id, strength) in ids.iter().zip(strengths) {
+        let sum = &mut sums[*id as usize];
+        // No branch: whether an id is new to the row is a matter of chance. Sums wrap only in damaged records.
+        touched[count] = *id;
+        count += (*sum & NOTHING_SAID) as usize;
+        *sum = (*sum & !NOTHING_SAID).wrapping_add(weights[*strength as usize % STRENGTHS]);
+    }
+    count
 }

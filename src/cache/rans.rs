@@ -237,6 +237,7 @@ impl<'a> Encoder<'a> {
 }
 
 /// Reads what an [`Encoder`] wrote. On any bytes it gives some symbols; [`Decoder::finish`] says whether all was well.
+#[derive(Clone)]
 pub(crate) struct Decoder<'a> {
     lookup: &'a [u32],
     lookup_starts: &'a [u32],
