@@ -10,7 +10,7 @@ use super::coder::{Coder, LIST_LENGTH, context};
 use super::compact::{QuantisedSequence, write_sequence};
 use super::exact_math::{exp, ln};
 use super::model::{
-    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
+    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
     evidence_of,
 };
 use super::quantizer::RowKind;
@@ -28,9 +28,21 @@ pub struct CalibrationSettings {
     pub list_length: usize,
 }
 
+impl CalibrationSettings {
+    /// What suits rows of a kind: the ids of exact rows are found with short lists, which are fast; drawn ones are
+    /// everywhere, and long lists are worth their time.
+    pub(crate) fn of_kind(kind: RowKind) -> Self {
+        let list_length = match kind {
+            RowKind::Exact => 48,
+            RowKind::ThresholdSampled { .. } | RowKind::Sampled { .. } => 192,
+        };
+        CalibrationSettings { list_entries: 400_000, list_length }
+    }
+}
+
 impl Default for CalibrationSettings {
     fn default() -> Self {
-        CalibrationSettings { list_entries: 400_000, list_length: 96 }
+        CalibrationSettings::of_kind(RowKind::Exact)
     }
 }
 
@@ -253,7 +265,8 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
             }
         }
     }
-    let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-2000.0, 2000.0) as i16;
+    let largest = f64::from(LARGEST_WEIGHT);
+    let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-largest, largest) as i16;
     weights.iter().map(|weight| fixed(*weight)).collect()
 }
 

@@ -27,14 +27,20 @@ pub(crate) const FACTS: usize = 8;
 pub(crate) const WEIGHTS: usize = evidence::KINDS * STRENGTHS + CLASSES + FACTS;
 pub(crate) const CLASS_WEIGHTS: usize = evidence::KINDS * STRENGTHS;
 pub(crate) const FACT_WEIGHTS: usize = CLASS_WEIGHTS + CLASSES;
+/// Eight weights for one id, doubled, fit 16 bits.
+pub(crate) const LARGEST_WEIGHT: i16 = 2000;
 /// Units of a weight per bit.
 pub(crate) const UNITS: i32 = 16;
 /// The most frequent ids are candidates in every row.
 pub(crate) const COMMON_IDS: usize = 32;
-/// Buckets of half a bit, from odds of 2^-14 up; ids below the first are not candidates.
-pub(crate) const BUCKETS: usize = 40;
-const SORT_BUCKETS: usize = 2 * BUCKETS;
-const LEAST_SCORE: i32 = -13 * UNITS;
+/// Buckets of half a bit; ids below the first are not candidates.
+pub(crate) const BUCKETS: usize = 32;
+/// Buckets, and those that are dropped.
+const KEYS: usize = BUCKETS + 1;
+/// A row's candidates are sorted in so many parts at once.
+const PARTS: usize = 4;
+/// Odds of 2^-8.5, where the first bucket begins.
+const LEAST_SCORE: i32 = -17 * UNITS / 2;
 
 /// A whole number as a class (below 124) and the bits that tell it from the others of its class.
 #[inline(always)]
@@ -251,6 +257,7 @@ pub(crate) struct Ranker {
     /// By id: twice the sum of the weights of the evidence for it, and 1 if nothing was said of it yet.
     sums: Vec<i16>,
     touched: Vec<u32>,
+    scores: Vec<i16>,
     keys: Vec<u8>,
     /// Candidates, best first.
     pub ranked: Vec<Candidate>,
@@ -276,13 +283,13 @@ const NOTHING_SAID: i16 = 1;
 
 impl Ranker {
     pub(crate) fn new(vocab_size: usize) -> Self {
-        let (touched, keys, ranked) = Default::default();
-        Ranker { sums: vec![NOTHING_SAID; vocab_size], touched, keys, ranked }
+        let (touched, scores, keys, ranked) = Default::default();
+        Ranker { sums: vec![NOTHING_SAID; vocab_size], touched, scores, keys, ranked }
     }
 
     /// Fills `ranked` with everything that something speaks for, except the top.
     pub(crate) fn rank(&mut self, model: &Model, history: &History, known: Known) {
-        let Ranker { sums, touched, keys, ranked } = self;
+        let Ranker { sums, touched, scores, keys, ranked } = self;
         let weights = &model.doubled_weights;
         let mut count = 0;
         // Room for all that may come, so that the innermost step is a plain store.
@@ -295,8 +302,10 @@ impl Ranker {
             + history.row_after(known.previous).map_or(0, |row| row.end - row.start)
             + history.row_before(known.label).map_or(0, |row| row.end - row.start)
             + history.rows.last().map_or(0, |row| row.end - row.start);
+        let most = most.next_multiple_of(PARTS);
         if touched.len() < most {
             touched.resize(most, 0);
+            scores.resize(most, 0);
             keys.resize(most, 0);
         }
         let facts = evidence_of(model, history, known, |kind, ids, strengths| {
@@ -309,36 +318,48 @@ impl Ranker {
         }
         // The top is no candidate: whatever was said of it, it is dropped.
         let top_said = std::mem::replace(&mut sums[known.top as usize], i16::MIN);
-        let mut ends = [0u32; SORT_BUCKETS + 1];
-        let mut candidates = 0;
-        for place in 0..count {
-            let id = touched[place];
-            let sum = std::mem::replace(&mut sums[id as usize], NOTHING_SAID);
-            let score = i32::from(sum >> 1) + i32::from(model.base[id as usize]);
-            // The best bucket comes first; those in the last of all are dropped.
-            let key = (SORT_BUCKETS as i32 - 1 - ((score + shift) >> 2)).clamp(0, SORT_BUCKETS as i32);
-            touched[candidates] = id;
-            keys[candidates] = key as u8;
-            candidates += usize::from(key < SORT_BUCKETS as i32);
-            ends[key as usize] += 1;
+        // In three loops, two of which a compiler makes vectors of: what is left for the last is small.
+        for (id, score) in touched[..count].iter().zip(scores.iter_mut()) {
+            let sum = std::mem::replace(&mut sums[*id as usize], NOTHING_SAID);
+            *score = (sum >> 1).saturating_add(model.base[*id as usize]);
         }
         if top_said == NOTHING_SAID {
             sums[known.top as usize] = NOTHING_SAID;
         }
+        // The best bucket comes first; those in the last of all are dropped.
+        let shift = shift.clamp(-i32::from(i16::MAX), i32::from(i16::MAX)) as i16;
+        for (score, key) in scores[..count].iter().zip(&mut keys[..count]) {
+            let bucket = (score.saturating_add(shift) >> 3).clamp(-1, BUCKETS as i16 - 1);
+            *key = (BUCKETS as i16 - 1 - bucket) as u8;
+        }
+        // Four quarters at once, each with its own counts: equal buckets often follow each other, and one would wait for
+        // the count of the other.
+        let quarter = count.div_ceil(PARTS);
+        keys[count..PARTS * quarter].fill(BUCKETS as u8);
+        let touched: [&[u32]; PARTS] = std::array::from_fn(|part| &touched[part * quarter..(part + 1) * quarter]);
+        let keys: [&[u8]; PARTS] = std::array::from_fn(|part| &keys[part * quarter..(part + 1) * quarter]);
+        let mut ends = [[0u32; PARTS]; KEYS];
+        for number in 0..quarter {
+            for part in 0..PARTS {
+                ends[keys[part][number] as usize][part] += 1;
+            }
+        }
         let mut sum = 0;
-        for end in &mut ends {
+        for end in ends.as_flattened_mut() {
             sum += std::mem::replace(end, sum);
         }
-        if ranked.len() < candidates {
-            ranked.resize(candidates, Candidate::default());
+        let candidates = ends[BUCKETS][0] as usize;
+        ranked.resize(PARTS * quarter, Candidate::default());
+        for number in 0..quarter {
+            for part in 0..PARTS {
+                let key = keys[part][number];
+                let place = &mut ends[key as usize][part];
+                let bucket = (BUCKETS as u64 - 1).wrapping_sub(u64::from(key));
+                ranked[*place as usize] = Candidate(bucket << 32 | u64::from(touched[part][number]));
+                *place += 1;
+            }
         }
         ranked.truncate(candidates);
-        for (id, key) in touched[..candidates].iter().zip(&keys[..candidates]) {
-            let place = &mut ends[*key as usize];
-            let bucket = (SORT_BUCKETS as u64 - 1 - u64::from(*key)) / 2;
-            ranked[*place as usize] = Candidate(bucket << 32 | u64::from(*id));
-            *place += 1;
-        }
     }
 }
 

@@ -417,27 +417,38 @@ impl<D: Direction> Walk<'_, D> {
             places.extend(rest.map(|id| self.model.places[*id as usize]));
             places.sort_unstable();
         }
-        let mut from = 0;
-        for number in 0..left {
-            let gap = places.get(number).map_or(0, |place| place - from);
-            let context = context::OUT
-                + (class_of(from).0 as usize / 4).min(15) * 16
-                + (class_of(left as u32).0 as usize).min(15);
-            let place = from.saturating_add(self.direction.number(context, gap));
-            let id = self.at(place);
-            if self.fault.is_some() || self.direction.overran() {
-                return;
+        let (model, scale, marks) = (self.model, self.scale, &mut self.space.kept[..]);
+        let fault = self.direction.as_local(|direction| {
+            let mut from = 0;
+            for number in 0..left {
+                let gap = places.get(number).map_or(0, |place| place - from);
+                let context = context::OUT
+                    + (class_of(from).0 as usize / 4).min(15) * 16
+                    + (class_of(left as u32).0 as usize).min(15);
+                let place = from.saturating_add(direction.number(context, gap));
+                let Some(&id) = model.order.get(place as usize) else {
+                    return Some(format!("it holds the id at place {place} of {}", model.order.len()));
+                };
+                if direction.overran() {
+                    return None;
+                }
+                let written = if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
+                let level = coded_level(direction, scale, level_context(BUCKETS / 2, left, mass), written);
+                if !scale.has(level) {
+                    return Some(format!("a level of {level}"));
+                }
+                if !D::WRITES {
+                    row.ids.push(id);
+                    row.levels.push(level as u16);
+                }
+                mass -= i64::from(scale.squares[level as usize]);
+                left -= 1;
+                from = place + 1;
             }
-            let context = level_context(BUCKETS / 2, left, mass);
-            let written = if D::WRITES { row.levels[std::mem::take(&mut self.space.kept[id as usize]) as usize - 1] } else { 0 };
-            let level = self.level(context, written);
-            if !D::WRITES {
-                row.ids.push(id);
-                row.levels.push(level);
-            }
-            mass -= i64::from(self.scale.squares[level as usize]);
-            left -= 1;
-            from = place + 1;
+            None
+        });
+        if let Some(fault) = fault {
+            self.wrong(fault);
         }
     }
 
