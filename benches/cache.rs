@@ -23,6 +23,7 @@ fn settings(seq_len: usize, sequences_per_shard: usize, codec: Codec, has_target
         seq_len,
         sequences_per_shard,
         codec,
+        levels: None,
         soft_targets: has_targets.then(|| SoftTargetSettings {
             teacher: TeacherIdentity { name: "bench".into(), fingerprint: "bench".into(), dtype: "f32".into() },
             selection: Selection::TopK { k: KEPT },

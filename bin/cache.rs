@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use limbeck::cache::{self, CacheReader, Manifest};
+use limbeck::cache::{self, CacheReader, Conversion, Manifest, Selection};
 use limbeck::checkpoint::CheckpointReader;
 use limbeck::fidelity;
 use limbeck::import::{self, ImportOptions, ImportReport, RowPlace};
@@ -11,7 +11,8 @@ use limbeck::tokenizer::Tokenizer;
 use limbeck::{Error, Result};
 
 use crate::cli::{
-    CacheArgs, CacheCommand, CacheConvertArgs, CacheImportCommand, CacheStatsArgs, ImportFlags, RowsFlag,
+    CacheArgs, CacheCommand, CacheConvertArgs, CacheImportCommand, CacheMergeArgs, CacheStatsArgs, ImportFlags,
+    RowsFlag,
 };
 use crate::output::print;
 
@@ -30,6 +31,7 @@ pub fn run(args: &CacheArgs) -> Result<()> {
                 said(flags, &imported)
             }
         },
+        CacheCommand::Merge(args) => merge(args),
         CacheCommand::Stats(args) => stats(args),
     }
 }
@@ -37,7 +39,20 @@ pub fn run(args: &CacheArgs) -> Result<()> {
 fn convert(args: &CacheConvertArgs) -> Result<()> {
     let input = CacheReader::open(&args.input)?;
     let before = &input.manifest().settings.codec;
-    let manifest = cache::convert(&input, &args.output, args.codec)?;
+    let selection = match (args.theta, args.cap) {
+        (None, None) => None,
+        (theta, cap) => {
+            let (kept, usual) = (input.manifest().settings.soft_targets.as_ref(), Selection::default().most_ids());
+            let theta = theta.unwrap_or(match kept.map(|kept| &kept.selection) {
+                Some(Selection::MinProb { theta, .. }) => *theta,
+                _ => 1e-3,
+            });
+            let cap = cap.unwrap_or(kept.map_or(usual, |kept| kept.selection.most_ids().min(usual)));
+            Some(Selection::MinProb { theta, cap })
+        }
+    };
+    let conversion = Conversion { codec: args.codec, levels: args.levels, selection };
+    let manifest = cache::convert(&input, &args.output, &conversion)?;
     let bytes = |manifest: &Manifest| {
         let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
         (bytes, bytes as f64 / manifest.counts.valid_rows.max(1) as f64)
@@ -47,6 +62,18 @@ fn convert(args: &CacheConvertArgs) -> Result<()> {
     print(&format!(
         "cache: {}\n{from}: {old} bytes, {old_each:.2} per prediction\n{to}: {new} bytes, {new_each:.2} per prediction\n",
         args.output.display()
+    ))
+}
+
+fn merge(args: &CacheMergeArgs) -> Result<()> {
+    let manifest = cache::merge(&args.output, &args.parts)?;
+    let (counts, shards) = (&manifest.counts, manifest.shards.len());
+    print(&format!(
+        "cache: {}\n{} sequences, {} predictions in {shards} shards of {} parts\n",
+        args.output.display(),
+        counts.sequences,
+        counts.valid_rows,
+        args.parts.len()
     ))
 }
 

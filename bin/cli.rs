@@ -166,9 +166,16 @@ pub struct CacheArgs {
 pub enum CacheCommand {
     /// Write a cache once more, in another encoding
     ///
-    /// Everything else stays, the fingerprints of teacher, tokenizer and data as well. Also brings a cache of an older format
+    /// With --theta and --cap, keeps fewer of its ids. Everything else stays, the fingerprints of teacher, tokenizer and data as well. Also brings a cache of an older format
     /// version to the present one. A conversion that was interrupted goes on where it stopped.
     Convert(CacheConvertArgs),
+
+    /// Put the parts of a cache together that were written in directories of their own
+    ///
+    /// For writers that share no disk: give each its own --run-dir and its --shard I/N, and name the directories of their caches
+    /// here. The bytes are those that one writer would have written. Parts that were killed serve as far as they came; what no
+    /// part has is named. A merge that was interrupted goes on where it stopped.
+    Merge(CacheMergeArgs),
 
     /// Make a cache of soft targets that another program captured
     ///
@@ -194,6 +201,28 @@ pub struct CacheConvertArgs {
     /// The encoding to write
     #[arg(long, value_name = "CODEC", value_parser = codec)]
     pub codec: Codec,
+
+    /// Levels that the square root of a probability is rounded to [default: 63 with packed, 128 with compact]
+    #[arg(long, value_name = "COUNT")]
+    pub levels: Option<u16>,
+
+    /// Keep only ids of at least this probability; the rest joins the tail
+    #[arg(long, value_name = "PROBABILITY")]
+    pub theta: Option<f64>,
+
+    /// Keep at most as many ids of a row
+    #[arg(long, value_name = "COUNT")]
+    pub cap: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheMergeArgs {
+    /// The directory to write
+    pub output: PathBuf,
+
+    /// Directories with parts, finished or not
+    #[arg(required = true)]
+    pub parts: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]

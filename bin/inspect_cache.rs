@@ -113,6 +113,21 @@ fn text(cache: &CacheReader, summary: &Summary) -> Result<()> {
     for part in &summary.parts {
         line("", format!("{:<24}{:>14} bytes{:>10.2} per prediction", part.name, part.bytes, part.bytes_per_token));
     }
+    if let Some(error) = manifest.error {
+        let rows = error.rows.max(1) as f64;
+        let off = 100.0 * (error.squared_error / error.squared_norm.max(1e-300)).sqrt();
+        line(
+            "rounding",
+            format!(
+                "KL {:.2e} nats per prediction, {:.2e} at most; kept probabilities off by {off:.2}%, tails by {:.1e} and \
+                 labels by {:.2} nats at most",
+                error.kl_sum / rows,
+                error.kl_max,
+                error.tail_max,
+                error.label_max
+            ),
+        );
+    }
     if settings.soft_targets.is_some() {
         line("kept", format!("{} to {} ids, {:.1} on average", summary.kept_min, summary.kept_max, summary.kept_mean));
         bars(&mut line, &summary.kept_histogram, |from, to| {

@@ -11,7 +11,7 @@ use crate::cache::CacheReader;
 use crate::checkpoint::CheckpointReader;
 use crate::error::{Error, Result};
 use crate::models::{Decoder, TokenLayout, parameter::CheckpointWeights};
-use crate::targets::{DistillBatch, SparseTargets, TargetSource};
+use crate::targets::{DistillBatch, SparseTargets, TargetKind, TargetSource};
 
 /// Rows of logits held at once.
 const HEAD_ROWS: usize = 256;
@@ -128,6 +128,13 @@ pub fn compare(cache: &CacheReader, checkpoint: &Path, device: &Device, sequence
         let problem = format!("{} has no soft targets", cache.manifest().directory.display());
         return Err(Error::usage(problem, "compare a cache that a teacher made"));
     };
+    if soft_targets.selection.kind() == TargetKind::Sampled {
+        let problem = format!("{} holds drawn ids with weights", cache.manifest().directory.display());
+        return Err(Error::usage(
+            problem,
+            "a divergence row by row says nothing of them; compare a cache of likeliest ids",
+        ));
+    }
     if sequence_count == 0 {
         return Err(Error::usage("0 sequences were asked for", "compare at least one"));
     }

@@ -8,7 +8,7 @@ use burn::tensor::Device;
 
 use crate::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Expectation, Missing, Next, Outcome, SoftTargetSettings,
+        CacheReader, CacheSettings, CacheWriter, Expectation, Missing, Next, Outcome, Reuse, SoftTargetSettings,
         TeacherIdentity, TokenizerIdentity,
     },
     checkpoint::CheckpointReader,
@@ -20,7 +20,7 @@ use crate::{
     recipe::Recipe,
     run::RunOptions,
     selection::Selection,
-    targets::{PackedSequence, TargetKind, TargetSource},
+    targets::{PackedSequence, SparseTargets, TargetKind, TargetSource},
     teacher::ResidentTeacher,
 };
 
@@ -218,8 +218,22 @@ impl<'a> Filler<'a> {
         teacher.max(self.inputs.tokenizer.vocab_size())
     }
 
+    /// The caches of other runs that may have some of the targets.
+    fn reuse(&self, split: &str, settings: &CacheSettings) -> Result<Reuse> {
+        if self.soft_targets.is_none() {
+            return Ok(Reuse::default());
+        }
+        let directories: Vec<PathBuf> = self.recipe.cache.reuse.iter().map(|dir| dir.join(split)).collect();
+        let reuse = Reuse::open(&directories, settings)?;
+        if !directories.is_empty() {
+            tracing::info!("{split}: targets of {} sequences are at hand in other caches", reuse.sequence_count());
+        }
+        Ok(reuse)
+    }
+
     /// Fills this writer's shards. Batches end where shards do, for a row's last bit may depend on the batch it is in.
     fn write(&mut self, split: &str, dir: &Path, mut loader: DataLoader, writer: &mut CacheWriter) -> Result<()> {
+        let reuse = &self.reuse(split, writer.settings())?;
         let seq_len = loader.seq_len() as u64;
         let total = loader.sequence_limit().or_else(|| self.expected()).map(|sequences| sequences * seq_len);
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
@@ -270,8 +284,8 @@ impl<'a> Filler<'a> {
             given += count;
             if count > 0 {
                 writer.set_position(given, serde_json::to_value(loader.position()).expect("a position is plain data"));
-                let targets: Vec<_> = match &self.soft_targets {
-                    Some(_) => self.teacher(split)?.targets(&sequences, next)?.into_iter().map(Some).collect(),
+                let targets = match &self.soft_targets {
+                    Some(_) => self.targets(split, reuse, &sequences, next)?,
                     None => vec![None; sequences.len()],
                 };
                 for (sequence, targets) in sequences.into_iter().zip(targets) {
@@ -289,6 +303,28 @@ impl<'a> Filler<'a> {
             progress.finish();
         }
         Ok(())
+    }
+
+    /// The targets of sequences in a row, the first of them with the number `first`: from other caches where they have
+    /// them, else from the teacher.
+    fn targets(
+        &mut self,
+        split: &str,
+        reuse: &Reuse,
+        sequences: &[PackedSequence],
+        first: u64,
+    ) -> Result<Vec<Option<SparseTargets>>> {
+        let mut targets = sequences.iter().map(|sequence| reuse.targets(sequence)).collect::<Result<Vec<_>>>()?;
+        let mut start = 0;
+        while start < targets.len() {
+            let missing = targets[start..].iter().take_while(|targets| targets.is_none()).count();
+            if missing > 0 {
+                let found = self.teacher(split)?.targets(&sequences[start..start + missing], first + start as u64)?;
+                targets[start..start + missing].iter_mut().zip(found).for_each(|(place, found)| *place = Some(found));
+            }
+            start += missing.max(1);
+        }
+        Ok(targets)
     }
 
     /// Sequences the held-out split may have, for the progress bar alone.

@@ -73,8 +73,16 @@ fn edit_manifest(directory: &Path, change: impl FnOnce(&str) -> String) {
 fn every_flipped_bit_is_found_and_its_file_named() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), &settings(3, 1, &[1.0]), 2);
-    let memory = Memory::of(folder.path());
-    assert_eq!(memory.names().len(), 3);
+    every_flip_is_found(&Memory::of(folder.path()), 3);
+    for (codec, count) in [(Codec::Packed, 3), (Codec::Compact, 4)] {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), &CacheSettings { codec, ..settings(3, 1, &[1.0]) }, 2);
+        every_flip_is_found(&Memory::of(folder.path()), count);
+    }
+}
+
+fn every_flip_is_found(memory: &Memory, count: usize) {
+    assert_eq!(memory.names().len(), count);
     for (name, length) in memory.names() {
         for bit in 0..length * 8 {
             memory.flip(&name, bit);

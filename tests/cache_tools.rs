@@ -12,7 +12,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use cache_samples::{sample, settings, write};
-use limbeck::cache::{CacheReader, Codec, convert, write_whole};
+use limbeck::cache::{CacheReader, Codec, Conversion, convert, write_whole};
 use limbeck::fidelity;
 use serde_json::Value;
 use small_run::{SmallRun, limbeck};
@@ -27,7 +27,9 @@ fn a_conversion_keeps_every_number_and_every_identity() {
         let folder = tempfile::tempdir().unwrap();
         let (from, to) = (folder.path().join("from"), folder.path().join("to"));
         let manifest = write(&from, &settings(6, 3, &temperatures), 8);
-        let converted = convert(&CacheReader::open(&from).unwrap(), &to, Codec::Raw).unwrap();
+        let converted =
+            convert(&CacheReader::open(&from).unwrap(), &to, &Conversion { codec: Codec::Raw, ..Default::default() })
+                .unwrap();
         assert_eq!(small_run::files(&from), small_run::files(&to));
         assert_eq!((converted.root, converted.counts), (manifest.root, manifest.counts));
     }
@@ -45,7 +47,7 @@ fn an_interrupted_conversion_goes_on_to_the_same_bytes() {
         (first..3).map(|number| Ok(sample(&settings, number))).chain(std::iter::once_with(stop))
     });
     assert_eq!(stopped.unwrap_err().to_string(), "stopped; go on");
-    convert(&CacheReader::open(&from).unwrap(), &to, Codec::Raw).unwrap();
+    convert(&CacheReader::open(&from).unwrap(), &to, &Conversion { codec: Codec::Raw, ..Default::default() }).unwrap();
     assert_eq!(small_run::files(&from), small_run::files(&to));
 }
 

@@ -65,7 +65,7 @@ fn with_recipe() -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 17] = [
+    let commands: [&[&str]; 18] = [
         &[],
         &["precompute-teacher-logits"],
         &["distill"],
@@ -73,6 +73,7 @@ fn every_command_explains_itself() {
         &["inspect"],
         &["cache"],
         &["cache", "convert"],
+        &["cache", "merge"],
         &["cache", "import"],
         &["cache", "import", "distillkit"],
         &["cache", "import", "jsonl"],

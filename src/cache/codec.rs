@@ -95,7 +95,10 @@ impl Shape {
     pub(crate) fn of_settings(settings: &CacheSettings) -> Shape {
         let soft_targets = settings.soft_targets.as_ref();
         let (seq_len, vocab_size) = (settings.seq_len, settings.tokenizer.vocab_size);
-        let kind = soft_targets.map_or(RowKind::Exact, |soft| row_kind(&soft.selection));
+        let kind = match soft_targets {
+            Some(soft) if settings.codec.default_levels().is_some() => row_kind(&soft.selection),
+            _ => RowKind::Exact,
+        };
         let record = RecordShape::new(seq_len, vocab_size, settings.temperatures(), kind, settings.levels());
         Shape {
             sequences: 0,
@@ -169,7 +172,7 @@ impl Codec {
             Codec::Raw => None,
             // A field of six bits.
             Codec::Packed => Some(63),
-            Codec::Compact => Some(96),
+            Codec::Compact => Some(128),
             #[cfg(test)]
             Codec::Ranked => None,
         }

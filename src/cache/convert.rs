@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use super::codec::Codec;
 use super::manifest::Manifest;
+use super::narrow;
 use super::part::WriterPart;
 use super::reader::CacheReader;
 use super::settings::CacheSettings;
 use super::writer::{CacheWriter, Next};
 use crate::error::{Error, Result};
+use crate::selection::Selection;
 use crate::targets::{PackedSequence, SparseTargets, TargetSource};
 
 /// A sequence with its rows, and the bytes of text that its valid rows predict.
@@ -62,14 +64,32 @@ where
     writer.finish()
 }
 
-/// Writes `input` once more into `directory`, encoded by `codec`. Everything else stays: sequences, order, shards,
+/// How a cache is written once more.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Conversion {
+    pub codec: Codec,
+    /// Levels to round to, where the codec rounds; its own number by default.
+    pub levels: Option<u16>,
+    /// Which of the kept ids stay; all by default.
+    pub selection: Option<Selection>,
+}
+
+/// Writes `input` once more into `directory`. All that `conversion` does not speak of stays: sequences, order, shards,
 /// settings and the fingerprints in them, so that whoever asks for the one is served by the other.
 ///
 /// # Errors
-/// [`Error::Shard`](crate::Error::Shard) when the input is damaged; those of [`CacheWriter`].
-pub fn convert(input: &CacheReader, directory: &Path, codec: Codec) -> Result<Manifest> {
+/// [`Error::Usage`] when the input lacks ids that the selection keeps; [`Error::Shard`] when it is damaged; those of
+/// [`CacheWriter`].
+pub fn convert(input: &CacheReader, directory: &Path, conversion: &Conversion) -> Result<Manifest> {
     let manifest = input.manifest();
-    let settings = CacheSettings { codec, levels: None, ..manifest.settings.clone() };
+    let (codec, levels) = (conversion.codec, conversion.levels);
+    let mut settings = CacheSettings { codec, levels, ..manifest.settings.clone() };
+    let mut selection = None;
+    if let (Some(wanted), Some(soft_targets)) = (&conversion.selection, &mut settings.soft_targets) {
+        narrow::check(&soft_targets.selection, wanted)?;
+        soft_targets.selection = wanted.clone();
+        selection = Some(wanted);
+    }
     let full = settings.sequences_per_shard as u64;
     write_whole(directory, settings, |first| {
         (first..input.sequence_count()).map(move |number| {
@@ -79,7 +99,11 @@ pub fn convert(input: &CacheReader, directory: &Path, codec: Codec) -> Result<Ma
                 true => manifest.shards[(number / full) as usize].counts.text_bytes,
                 false => 0,
             };
-            Ok((batch.sequences.remove(0), batch.targets, text_bytes))
+            let targets = match (batch.targets, selection) {
+                (Some(targets), Some(selection)) => Some(narrow::narrow(&targets, selection)),
+                (targets, _) => targets,
+            };
+            Ok((batch.sequences.remove(0), targets, text_bytes))
         })
     })
 }

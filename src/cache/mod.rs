@@ -9,6 +9,7 @@
 //! - [`CacheReader`] gives any sequence in constant time, as a [`TargetSource`](crate::targets::TargetSource), from a
 //!   directory or any other [`CacheFiles`];
 //! - [`convert()`] writes a cache once more in another encoding, [`write_whole`] one from whatever gives sequences;
+//! - [`Reuse`] finds targets that other caches have;
 //! - [`Manifest`] says what a cache is, and [`Manifest::expect`] whether it is the one that is wanted.
 
 mod assignment;
@@ -26,6 +27,7 @@ mod lease;
 mod manifest;
 mod merge;
 mod model;
+mod narrow;
 mod owner;
 mod packed;
 mod part;
@@ -39,6 +41,7 @@ mod record;
 #[cfg(test)]
 mod record_tests;
 mod records;
+mod reuse;
 mod rows;
 mod sealing;
 mod settings;
@@ -52,7 +55,7 @@ mod writer;
 
 pub use blocks::BLOCK_BYTES;
 pub use codec::Codec;
-pub use convert::{WholeSequence, convert, write_whole};
+pub use convert::{Conversion, WholeSequence, convert, write_whole};
 pub use histogram::Histogram;
 pub use manifest::{
     CoderRecord, Counts, Expectation, FORMAT_VERSION, MANIFEST_FILE, Manifest, OLDEST_VERSION, QuantiserError,
@@ -61,6 +64,7 @@ pub use manifest::{
 pub use merge::merge;
 pub use part::WriterPart;
 pub use reader::CacheReader;
+pub use reuse::Reuse;
 pub use sealing::{Missing, Outcome};
 pub use settings::{CacheSettings, Selection, SoftTargetSettings, TeacherIdentity, TokenizerIdentity};
 pub use source::{CacheFiles, LocalFiles, ShardSource};

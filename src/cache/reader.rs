@@ -152,6 +152,10 @@ impl CacheReader {
         Ok(reader)
     }
 
+    pub(crate) fn coder(&self) -> Option<&Coder> {
+        self.coder.as_ref()
+    }
+
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

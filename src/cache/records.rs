@@ -12,6 +12,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use super::calibrate::CalibrationSettings;
 use super::codec::{Block, Codec, Coder as CodecCoder, Encoded, Shape};
 use super::coder::Coder;
+use super::compact::RecordParts;
 use super::manifest::QuantiserError;
 use super::record::QuantisationError;
 use super::settings::CacheSettings;
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::targets::{PackedSequence, SparseTargets};
 
 const OFFSETS: &str = "record_offsets";
-const RECORDS: &str = "records";
+pub(crate) const RECORDS: &str = "records";
 
 thread_local! {
     /// Of the last vocabulary that this thread coded for.
@@ -158,4 +159,18 @@ pub(crate) fn decode(
         read.map_err(|problem| format!("its sequence {number} cannot be read: {problem}"))?;
     }
     Ok(())
+}
+
+/// Adds to `parts` what the record of a sequence is made of. Whether that is known: of entropy coded records alone.
+pub(crate) fn add_parts(
+    parts: &mut RecordParts,
+    sequence: &PackedSequence,
+    targets: Option<&SparseTargets>,
+    shape: &Shape,
+    coder: &CodecCoder,
+) -> bool {
+    #[allow(irrefutable_let_patterns)] // Tests have another.
+    let CodecCoder::Compact(coder) = coder else { return false };
+    with_workspace(shape.vocab_size, |space| parts.add(sequence, targets, shape.record(), coder, space));
+    true
 }

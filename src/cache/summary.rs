@@ -5,14 +5,19 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::codec::Shape;
+use super::compact::RecordParts;
 use super::histogram::{Histogram, count, entropy_bar, tail_bar};
 use super::manifest::Counts;
 use super::reader::CacheReader;
+use super::records;
 use crate::error::Result;
 use crate::targets::{Capture, TargetSource};
 
 /// Sequences looked into at most; evenly spread over larger caches.
 const SEQUENCES: u64 = 16_384;
+/// Records taken apart, evenly spread.
+const RECORDS_READ: u64 = 64;
 /// Tail masses kept per capture to find their deciles; evenly thinned out beyond.
 const TAILS: usize = 1 << 20;
 
@@ -22,11 +27,11 @@ pub struct Summary {
     pub shards: usize,
     /// Of the whole cache, exact.
     pub counts: Counts,
-    /// Bytes of all shards.
+    /// Bytes of all shards, and of the coder's tables.
     pub bytes: u64,
     /// `bytes / counts.valid_rows`, exact.
     pub bytes_per_token: f64,
-    /// `8 * bytes / counts.kept_ids`: everything in the shards, counted on what is kept. 0 where nothing is.
+    /// `8 * bytes / counts.kept_ids`: everything, counted on what is kept. 0 where nothing is.
     pub bits_per_kept: f64,
     /// Sequences that the following statistics looked into; smaller than `counts.sequences` in a large cache.
     pub sequences_read: u64,
@@ -39,7 +44,7 @@ pub struct Summary {
     pub kept_histogram: Histogram,
     /// One per temperature; empty without soft targets.
     pub captures: Vec<CaptureSummary>,
-    /// What the bytes are spent on: each tensor, then `headers`.
+    /// What the bytes are spent on: each tensor, what entropy coded records are made of, then `headers`.
     pub parts: Vec<Part>,
 }
 
@@ -160,7 +165,8 @@ impl CacheReader {
         let kept = &statistics.kept;
         let kept_min = kept.first_key_value().map_or(0, |(kept, _)| *kept);
         let kept_max = kept.last_key_value().map_or(0, |(kept, _)| *kept);
-        let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
+        let coder = manifest.coder.as_ref().map_or(0, |coder| coder.bytes);
+        let bytes = coder + manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>();
         Ok(Summary {
             shards: manifest.shards.len(),
             counts,
@@ -207,8 +213,40 @@ impl CacheReader {
                 headers -= bytes;
             }
         }
-        let parts = parts.into_iter().chain([("headers".to_string(), headers)]);
+        // What records are made of is estimated from some of them, and made to add up to what they take.
+        let mut made_of = vec![];
+        if let (Some(records), Some(found)) = (parts.get(records::RECORDS).copied(), self.record_parts()?) {
+            let found = [
+                ("tokens", found.tokens),
+                ("ids", found.ids),
+                ("levels", found.levels),
+                ("tails", found.tails),
+                ("labels", found.labels),
+            ];
+            let total: f64 = found.iter().map(|(_, bytes)| bytes).sum();
+            let share = |bytes: f64| (bytes / total.max(1e-9) * records as f64).round() as u64;
+            made_of.extend(found.map(|(name, bytes)| (format!("records: {name}"), share(bytes))));
+            parts.remove(records::RECORDS);
+        }
+        let coder = manifest.coder.iter().map(|coder| ("coder".to_string(), coder.bytes));
+        let parts = parts.into_iter().chain(made_of).chain(coder).chain([("headers".to_string(), headers)]);
         Ok(parts.map(|(name, bytes)| Part { name, bytes, bytes_per_token: per_token(bytes) }).collect())
+    }
+
+    /// What the records of some sequences are made of, evenly spread over the cache; `None` unless they are entropy
+    /// coded.
+    fn record_parts(&self) -> Result<Option<RecordParts>> {
+        let Some(coder) = self.coder() else { return Ok(None) };
+        let shape = Shape::of_settings(&self.manifest().settings);
+        let (count, all) = (self.sequence_count().min(RECORDS_READ), self.sequence_count());
+        let mut parts = RecordParts::default();
+        for place in 0..count {
+            let batch = self.read(&[place * all / count])?;
+            if !records::add_parts(&mut parts, &batch.sequences[0], batch.targets.as_ref(), &shape, coder) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(parts))
     }
 }
 

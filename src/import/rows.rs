@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn sums_of_one_and_above_leave_the_least_tail() {
         let mut report = ImportReport::default();
-        let renormalised = complete(Some(&row(&[(1, 0.75), (2, 0.25)])), 5, 10, 1.01, &mut report).unwrap();
+        let renormalised = complete(Some(&row(&[(1, 1.0)])), 5, 10, 1.01, &mut report).unwrap();
         assert!((f64::from(renormalised.log_tail) - LEAST_TAIL.ln()).abs() < 1e-5);
         complete(Some(&row(&[(1, 0.755), (2, 0.25)])), 1, 10, 1.01, &mut report).unwrap();
         assert_eq!(report.tails_raised, 2);

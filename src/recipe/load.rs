@@ -121,7 +121,7 @@ impl Recipe {
         }
         let others = [&mut self.data.tokenizer, &mut self.cache.dir, &mut self.student.checkpoint, &mut self.run.dir];
         let teacher = self.teacher.iter_mut().map(|teacher| &mut teacher.checkpoint);
-        for path in others.into_iter().flatten().chain(teacher) {
+        for path in others.into_iter().flatten().chain(teacher).chain(&mut self.cache.reuse) {
             *path = absolute(&folder, path);
         }
         Ok(())

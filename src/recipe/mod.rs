@@ -15,5 +15,5 @@ mod selection_key;
 mod student;
 
 pub use keys::all_keys;
-pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, raw_cache_bytes};
+pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, cache_bytes};
 pub use schema::*;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::schema::{Dtype, Recipe};
+use crate::cache::Codec;
 use crate::data::HeldOut;
 use crate::error::Result;
 use crate::quantity::{short_bytes, short_count, short_percent};
@@ -136,22 +137,34 @@ impl MemoryEstimate {
     }
 }
 
-/// Bytes of a cache with the raw codec: `sequence_count` sequences of `seq_len` predictions, each with `kept_ids` on
+/// About how many bytes a cache takes: `sequence_count` sequences of `seq_len` predictions, each with `kept_ids` on
 /// average, captured at `temperature_count` temperatures. Without a teacher there are no captures and only tokens are
-/// stored.
+/// stored. File headers are not counted.
 ///
-/// Per sequence `seq_len + 1` tokens and segments (4 bytes each); per prediction an offset (8), the normaliser (4), ids
-/// (4 each) and, for each temperature, log-probabilities (4 each), tail (4) and label (4). File headers are not counted.
-pub fn raw_cache_bytes(sequence_count: u64, seq_len: u64, kept_ids: f64, temperature_count: u64) -> u64 {
-    let tokens = 8u64.saturating_mul(seq_len + 1);
-    let rows = match temperature_count {
-        0 => 0,
-        count => {
-            let kept = (seq_len as f64 * kept_ids).round() as u64;
-            seq_len.saturating_mul(12 + 8 * count).saturating_add(kept.saturating_mul(4 * (1 + count)))
+/// With `raw` exactly: per sequence `seq_len + 1` tokens and segments (4 bytes each); per prediction an offset (8), the
+/// normaliser (4), ids (4 each) and, for each temperature, log-probabilities (4 each), tail (4) and label (4). With the
+/// others what SmolLM2-135M's predictions took: `packed` 24 bits for an id and its level and 4 bytes for each token,
+/// `compact` 8.4 bits for each id and 2 bytes for each token; a byte for each further temperature.
+pub fn cache_bytes(codec: Codec, sequence_count: u64, seq_len: u64, kept_ids: f64, temperature_count: u64) -> u64 {
+    let kept = (seq_len as f64 * kept_ids).round() as u64;
+    let rounded = |per_token: f64, per_id: f64| {
+        let (kept, further) = if temperature_count == 0 { (0, 0) } else { (kept, temperature_count - 1) };
+        ((seq_len as f64) * (per_token + further as f64) + kept as f64 * per_id / 8.0).round() as u64
+    };
+    let bytes = match codec {
+        Codec::Packed => rounded(4.0, 24.0),
+        Codec::Compact => rounded(2.0, 8.4),
+        _ => {
+            let tokens = 8u64.saturating_mul(seq_len + 1);
+            match temperature_count {
+                0 => tokens,
+                count => tokens
+                    .saturating_add(seq_len.saturating_mul(12 + 8 * count))
+                    .saturating_add(kept.saturating_mul(4 * (1 + count))),
+            }
         }
     };
-    sequence_count.saturating_mul(tokens.saturating_add(rows))
+    sequence_count.saturating_mul(bytes)
 }
 
 impl Plan {
@@ -234,7 +247,7 @@ impl Plan {
         self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
         let temperature_count = if recipe.teacher.is_some() { recipe.cache.temperatures.len() as u64 } else { 0 };
         let kept_ids = recipe.cache.selection().usual_ids();
-        self.cache_bytes = raw_cache_bytes(sequences, seq_len, kept_ids, temperature_count);
+        self.cache_bytes = cache_bytes(recipe.cache.codec, sequences, seq_len, kept_ids, temperature_count);
         Ok(())
     }
 }
@@ -427,17 +440,20 @@ mod tests {
         assert_eq!(plan.cache_dir, plan.run_dir.join("cache"));
         plan.set_sequence_count(800).unwrap();
         assert_eq!((plan.steps, plan.epochs), (200, 2.0));
-        assert_eq!(plan.cache_bytes, raw_cache_bytes(800, 128, 32.0, 1));
+        assert_eq!(plan.cache_bytes, cache_bytes(Codec::Raw, 800, 128, 32.0, 1));
     }
 
     #[test]
     fn the_raw_cache_costs_what_its_arrays_do() {
         // One sequence of 2 predictions, 3 kept ids: 3 tokens and segments, 2 offsets and normalisers, 6 ids, then per
         // temperature 6 log-probabilities, 2 tails, 2 labels.
-        assert_eq!(raw_cache_bytes(1, 2, 3.0, 1), 3 * 8 + 2 * 12 + 6 * 4 + (6 + 2 + 2) * 4);
-        assert_eq!(raw_cache_bytes(5, 2, 3.0, 2), 5 * (3 * 8 + 2 * 12 + 6 * 4 + 2 * (6 + 2 + 2) * 4));
-        assert_eq!(raw_cache_bytes(1, 2, 2.5, 1), 3 * 8 + 2 * 12 + 5 * 4 + (5 + 2 + 2) * 4);
-        assert_eq!(raw_cache_bytes(7, 2, 3.0, 0), 7 * 3 * 8);
+        assert_eq!(cache_bytes(Codec::Raw, 1, 2, 3.0, 1), 3 * 8 + 2 * 12 + 6 * 4 + (6 + 2 + 2) * 4);
+        assert_eq!(cache_bytes(Codec::Raw, 5, 2, 3.0, 2), 5 * (3 * 8 + 2 * 12 + 6 * 4 + 2 * (6 + 2 + 2) * 4));
+        assert_eq!(cache_bytes(Codec::Raw, 1, 2, 2.5, 1), 3 * 8 + 2 * 12 + 5 * 4 + (5 + 2 + 2) * 4);
+        assert_eq!(cache_bytes(Codec::Raw, 7, 2, 3.0, 0), 7 * 3 * 8);
+        let packed = |temperatures| cache_bytes(Codec::Packed, 1, 100, 10.0, temperatures);
+        assert_eq!((packed(0), packed(1), packed(3)), (400, 3400, 3600));
+        assert_eq!(cache_bytes(Codec::Compact, 2, 100, 10.0, 1), 2 * (200 + 1050));
     }
 
     #[test]

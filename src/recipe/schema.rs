@@ -117,11 +117,13 @@ pub struct CacheSection {
     pub temperatures: Vec<f64>,
     /// How the targets are stored: `raw` exactly, `packed` and `compact` rounded and smaller. Default `raw`.
     pub codec: Codec,
-    /// Levels that the square root of a probability is rounded to, with `packed` (default 63) and `compact` (96).
+    /// Levels that the square root of a probability is rounded to, with `packed` (default 63) and `compact` (128).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub levels: Option<u16>,
     /// Packed sequences in one shard file. Default 512.
     pub sequences_per_shard: usize,
+    /// Directories of finished caches of other runs, from which equal sequences take their targets. Default: none.
+    pub reuse: Vec<PathBuf>,
     /// The cache directory. Default `cache` in the run directory.
     pub dir: Option<PathBuf>,
 }
@@ -134,6 +136,7 @@ impl Default for CacheSection {
             temperatures: vec![1.0],
             codec: Codec::Raw,
             levels: None,
+            reuse: vec![],
             sequences_per_shard: 512,
             dir: None,
         }
