@@ -10,7 +10,7 @@ use super::coder::{Coder, LIST_LENGTH, context};
 use super::compact::{QuantisedSequence, write_sequence};
 use super::exact_math::{exp, ln};
 use super::model::{
-    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
+    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
     evidence_of,
 };
 use super::quantizer::RowKind;
@@ -28,9 +28,21 @@ pub struct CalibrationSettings {
     pub list_length: usize,
 }
 
+impl CalibrationSettings {
+    /// What suits rows of a kind: the ids of exact rows are found with short lists, which are fast; drawn ones are
+    /// everywhere, and long lists are worth their time.
+    pub(crate) fn of_kind(kind: RowKind) -> Self {
+        let list_length = match kind {
+            RowKind::Exact => 48,
+            RowKind::ThresholdSampled { .. } | RowKind::Sampled { .. } => 192,
+        };
+        CalibrationSettings { list_entries: 400_000, list_length }
+    }
+}
+
 impl Default for CalibrationSettings {
     fn default() -> Self {
-        CalibrationSettings { list_entries: 400_000, list_length: 96 }
+        CalibrationSettings::of_kind(RowKind::Exact)
     }
 }
 
@@ -219,14 +231,16 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
                     let mut ids: Vec<u32> = vec![];
                     let mut features: Vec<Vec<u16>> = vec![];
                     let known = Known { place, previous, label, top };
-                    let facts = evidence_of(&model, &history, known, |id, kind, strength| {
-                        if places[id as usize] == 0 {
-                            ids.push(id);
-                            places[id as usize] = ids.len() as u32;
-                            features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                    let facts = evidence_of(&model, &history, known, |kind, said, strengths| {
+                        for (&id, strength) in said.iter().zip(strengths) {
+                            if places[id as usize] == 0 {
+                                ids.push(id);
+                                places[id as usize] = ids.len() as u32;
+                                features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                            }
+                            let feature = kind * STRENGTHS + *strength as usize;
+                            features[places[id as usize] as usize - 1].push(feature as u16);
                         }
-                        let feature = kind * STRENGTHS + strength as usize;
-                        features[places[id as usize] as usize - 1].push(feature as u16);
                     });
                     let facts: Vec<u16> =
                         (0..facts.len()).filter(|fact| facts[*fact]).map(|fact| (FACT_WEIGHTS + fact) as u16).collect();
@@ -251,7 +265,8 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
             }
         }
     }
-    let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-2000.0, 2000.0) as i16;
+    let largest = f64::from(LARGEST_WEIGHT);
+    let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-largest, largest) as i16;
     weights.iter().map(|weight| fixed(*weight)).collect()
 }
 

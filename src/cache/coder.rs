@@ -2,7 +2,7 @@
 //! of symbols in each context. Made once per cache by [`calibrate`](super::calibrate), stored beside the shards.
 
 use super::bits::{BitReader, BitWriter, width_of};
-use super::model::{BUCKETS, CLASSES, Lists, Model, STRENGTHS, WEIGHTS};
+use super::model::{BUCKETS, CLASSES, LARGEST_WEIGHT, Lists, Model, STRENGTHS, WEIGHTS};
 use super::rans::{Table, Tables, get_short, put_short};
 
 /// Contexts of symbols, by the first of each kind.
@@ -163,6 +163,10 @@ fn read_model(bits: &mut BitReader<'_>, vocab_size: usize) -> Result<Model, Stri
         return Err(format!("it is for a vocabulary of {stored}, not {vocab_size}"));
     }
     let weights: Vec<i16> = (0..WEIGHTS).map(|_| bits.get(16) as u16 as i16).collect();
+    // A row's candidates add up to eight of them, doubled, in 16 bits.
+    if let Some(weight) = weights.iter().find(|weight| weight.unsigned_abs() > LARGEST_WEIGHT.unsigned_abs()) {
+        return Err(format!("a weight of {weight}"));
+    }
     let mut classes = vec![0u8; vocab_size];
     for class in 1..CLASSES as u8 {
         for id in get_rising(bits, vocab_size)? {

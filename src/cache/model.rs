@@ -27,14 +27,20 @@ pub(crate) const FACTS: usize = 8;
 pub(crate) const WEIGHTS: usize = evidence::KINDS * STRENGTHS + CLASSES + FACTS;
 pub(crate) const CLASS_WEIGHTS: usize = evidence::KINDS * STRENGTHS;
 pub(crate) const FACT_WEIGHTS: usize = CLASS_WEIGHTS + CLASSES;
+/// Eight weights for one id, doubled, fit 16 bits.
+pub(crate) const LARGEST_WEIGHT: i16 = 2000;
 /// Units of a weight per bit.
 pub(crate) const UNITS: i32 = 16;
 /// The most frequent ids are candidates in every row.
 pub(crate) const COMMON_IDS: usize = 32;
-/// Buckets of half a bit, from odds of 2^-14 up; ids below the first are not candidates.
-pub(crate) const BUCKETS: usize = 40;
-const SORT_BUCKETS: usize = 2 * BUCKETS;
-const LEAST_SCORE: i32 = -13 * UNITS;
+/// Buckets of half a bit; ids below the first are not candidates.
+pub(crate) const BUCKETS: usize = 32;
+/// Buckets, and those that are dropped.
+const KEYS: usize = BUCKETS + 1;
+/// A row's candidates are sorted in so many parts at once.
+const PARTS: usize = 4;
+/// Odds of 2^-8.5, where the first bucket begins.
+const LEAST_SCORE: i32 = -17 * UNITS / 2;
 
 /// A whole number as a class (below 124) and the bits that tell it from the others of its class.
 #[inline(always)]
@@ -88,6 +94,8 @@ pub(crate) struct Model {
     pub weights: Vec<i16>,
     /// By id: the weight of its class.
     base: Vec<i16>,
+    /// Twice the weights of evidence.
+    doubled_weights: [i16; CLASS_WEIGHTS],
 }
 
 impl Model {
@@ -112,7 +120,8 @@ impl Model {
                 }
             }
         }
-        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base }
+        let doubled_weights = std::array::from_fn(|number| weights[number].wrapping_mul(2));
+        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base, doubled_weights }
     }
 }
 
@@ -199,72 +208,89 @@ pub(crate) struct Known {
     pub top: u32,
 }
 
-/// Tells `visit` each piece of evidence (id, kind, strength), and returns the row's facts.
+/// Tells `visit` all evidence, ids of one kind at a time with the strength of each, and returns the row's facts.
 #[inline(always)]
 pub(crate) fn evidence_of(
     model: &Model,
     history: &History,
     known: Known,
-    mut visit: impl FnMut(u32, usize, u8),
+    mut visit: impl FnMut(usize, &[u32], &[u8]),
 ) -> [bool; FACTS] {
     let mut facts = [false; FACTS];
-    visit(known.label, evidence::LABEL, 0);
-    let mut list = |lists: &Lists, token: u32, kind: usize| {
-        let (ids, strengths) = lists.of(token);
-        ids.iter().zip(strengths).for_each(|(id, strength)| visit(*id, kind, *strength));
-        !ids.is_empty()
-    };
-    facts[0] = list(&model.follows, known.previous, evidence::FOLLOWS);
-    facts[1] = list(&model.together, known.label, evidence::WITH_LABEL);
+    visit(evidence::LABEL, &[known.label], &[0]);
+    let (ids, strengths) = model.follows.of(known.previous);
+    facts[0] = !ids.is_empty();
+    visit(evidence::FOLLOWS, ids, strengths);
+    let (ids, strengths) = model.together.of(known.label);
+    facts[1] = !ids.is_empty();
+    visit(evidence::WITH_LABEL, ids, strengths);
     facts[2] = known.label == known.top;
     if !facts[2] {
-        facts[3] = list(&model.together, known.top, evidence::WITH_TOP);
+        let (ids, strengths) = model.together.of(known.top);
+        facts[3] = !ids.is_empty();
+        visit(evidence::WITH_TOP, ids, strengths);
     }
-    let mut past = |row: &PastRow, kind: usize| {
-        let kept = history.ids[row.start..row.end].iter().zip(&history.strong[row.start..row.end]);
-        kept.for_each(|(id, strength)| visit(*id, kind, *strength));
-    };
+    let past = |row: &PastRow| (&history.ids[row.start..row.end], &history.strong[row.start..row.end]);
     if let Some(row) = history.row_after(known.previous) {
         let same = row.label == known.label;
         facts[if same { 4 } else { 5 }] = true;
-        past(row, if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER });
+        let (ids, strengths) = past(row);
+        visit(if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER }, ids, strengths);
     }
     if let Some(row) = history.row_before(known.label) {
         facts[6] = true;
-        past(row, evidence::BEFORE_SAME);
+        let (ids, strengths) = past(row);
+        visit(evidence::BEFORE_SAME, ids, strengths);
     }
     if let Some(row) = history.rows.last().filter(|row| row.place + 1 == known.place) {
         facts[7] = true;
-        past(row, evidence::PREVIOUS);
+        let (ids, strengths) = past(row);
+        visit(evidence::PREVIOUS, ids, strengths);
     }
-    model.order.iter().take(COMMON_IDS).for_each(|id| visit(*id, evidence::COMMON, 0));
+    let common = &model.order[..COMMON_IDS.min(model.order.len())];
+    visit(evidence::COMMON, common, &[0; COMMON_IDS][..common.len()]);
     facts
 }
 
 /// Ranks ids; keeps its room from row to row.
 pub(crate) struct Ranker {
-    /// By id: its score, or [`UNTOUCHED`].
-    scores: Vec<i16>,
+    /// By id: twice the sum of the weights of the evidence for it, and 1 if nothing was said of it yet.
+    sums: Vec<i16>,
     touched: Vec<u32>,
+    scores: Vec<i16>,
     keys: Vec<u8>,
-    /// Candidates, best first, and the bucket of each.
-    pub ranked: Vec<u32>,
-    pub buckets: Vec<u8>,
+    /// Candidates, best first.
+    pub ranked: Vec<Candidate>,
 }
 
-/// Sums wrap at 16 bits: scores that a calibration gives are far from that, and a damaged coder's only must not panic.
-const UNTOUCHED: i16 = i16::MIN;
+/// An id, and above it its bucket.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Candidate(u64);
+
+impl Candidate {
+    #[inline(always)]
+    pub(crate) fn id(self) -> u32 {
+        self.0 as u32
+    }
+
+    #[inline(always)]
+    pub(crate) fn bucket(self) -> usize {
+        (self.0 >> 32) as usize
+    }
+}
+
+const NOTHING_SAID: i16 = 1;
 
 impl Ranker {
     pub(crate) fn new(vocab_size: usize) -> Self {
-        let (keys, ranked, buckets) = Default::default();
-        Ranker { scores: vec![UNTOUCHED; vocab_size], touched: vec![0; 64], keys, ranked, buckets }
+        let (touched, scores, keys, ranked) = Default::default();
+        Ranker { sums: vec![NOTHING_SAID; vocab_size], touched, scores, keys, ranked }
     }
 
     /// Fills `ranked` with everything that something speaks for, except the top.
     pub(crate) fn rank(&mut self, model: &Model, history: &History, known: Known) {
-        let Ranker { scores, touched, keys, ranked, buckets } = self;
-        let weights = &model.weights[..CLASS_WEIGHTS];
+        let Ranker { sums, touched, scores, keys, ranked } = self;
+        let weights = &model.doubled_weights;
         let mut count = 0;
         // Room for all that may come, so that the innermost step is a plain store.
         let lists = |lists: &Lists, token: u32| lists.of(token).0.len();
@@ -276,47 +302,84 @@ impl Ranker {
             + history.row_after(known.previous).map_or(0, |row| row.end - row.start)
             + history.row_before(known.label).map_or(0, |row| row.end - row.start)
             + history.rows.last().map_or(0, |row| row.end - row.start);
+        let most = most.next_multiple_of(PARTS);
         if touched.len() < most {
             touched.resize(most, 0);
+            scores.resize(most, 0);
+            keys.resize(most, 0);
         }
-        let facts = evidence_of(model, history, known, |id, kind, strength| {
-            let score = &mut scores[id as usize];
-            let new = *score == UNTOUCHED;
-            touched[count] = id;
-            count += usize::from(new);
-            let before = if new { model.base[id as usize] } else { *score };
-            *score = before.wrapping_add(weights[kind * STRENGTHS + strength as usize]);
+        let facts = evidence_of(model, history, known, |kind, ids, strengths| {
+            let weights: &[i16; STRENGTHS] = weights[kind * STRENGTHS..].first_chunk().expect("weights of each kind");
+            count = add(sums, touched, count, ids, strengths, weights);
         });
         let mut shift = -LEAST_SCORE;
         for (fact, weight) in facts.iter().zip(&model.weights[FACT_WEIGHTS..]) {
             shift += if *fact { i32::from(*weight) } else { 0 };
         }
-        scores[known.top as usize] = UNTOUCHED + 1;
-        keys.clear();
-        let mut ends = [0u32; SORT_BUCKETS + 1];
-        for id in &touched[..count] {
-            let score = std::mem::replace(&mut scores[*id as usize], UNTOUCHED);
-            // The best bucket comes first; the last of all is for those that are dropped.
-            let bucket = ((i32::from(score) + shift) >> 2).clamp(-1, SORT_BUCKETS as i32 - 1);
-            let key = (SORT_BUCKETS as i32 - 1 - bucket) as usize;
-            keys.push(key as u8);
-            ends[key] += 1;
+        // The top is no candidate: whatever was said of it, it is dropped.
+        let top_said = std::mem::replace(&mut sums[known.top as usize], i16::MIN);
+        // In three loops, two of which a compiler makes vectors of: what is left for the last is small.
+        for (id, score) in touched[..count].iter().zip(scores.iter_mut()) {
+            let sum = std::mem::replace(&mut sums[*id as usize], NOTHING_SAID);
+            *score = (sum >> 1).saturating_add(model.base[*id as usize]);
         }
-        scores[known.top as usize] = UNTOUCHED;
+        if top_said == NOTHING_SAID {
+            sums[known.top as usize] = NOTHING_SAID;
+        }
+        // The best bucket comes first; those in the last of all are dropped.
+        let shift = shift.clamp(-i32::from(i16::MAX), i32::from(i16::MAX)) as i16;
+        for (score, key) in scores[..count].iter().zip(&mut keys[..count]) {
+            let bucket = (score.saturating_add(shift) >> 3).clamp(-1, BUCKETS as i16 - 1);
+            *key = (BUCKETS as i16 - 1 - bucket) as u8;
+        }
+        // Four quarters at once, each with its own counts: equal buckets often follow each other, and one would wait for
+        // the count of the other.
+        let quarter = count.div_ceil(PARTS);
+        keys[count..PARTS * quarter].fill(BUCKETS as u8);
+        let touched: [&[u32]; PARTS] = std::array::from_fn(|part| &touched[part * quarter..(part + 1) * quarter]);
+        let keys: [&[u8]; PARTS] = std::array::from_fn(|part| &keys[part * quarter..(part + 1) * quarter]);
+        let mut ends = [[0u32; PARTS]; KEYS];
+        for number in 0..quarter {
+            for part in 0..PARTS {
+                ends[keys[part][number] as usize][part] += 1;
+            }
+        }
         let mut sum = 0;
-        for end in &mut ends {
+        for end in ends.as_flattened_mut() {
             sum += std::mem::replace(end, sum);
         }
-        let candidates = ends[SORT_BUCKETS] as usize;
-        ranked.resize(count, 0);
-        buckets.resize(count, 0);
-        for (id, key) in touched[..count].iter().zip(keys.iter()) {
-            let place = &mut ends[*key as usize];
-            ranked[*place as usize] = *id;
-            buckets[*place as usize] = (SORT_BUCKETS - 1 - (*key as usize).min(SORT_BUCKETS - 1)) as u8 / 2;
-            *place += 1;
+        let candidates = ends[BUCKETS][0] as usize;
+        ranked.resize(PARTS * quarter, Candidate::default());
+        for number in 0..quarter {
+            for part in 0..PARTS {
+                let key = keys[part][number];
+                let place = &mut ends[key as usize][part];
+                let bucket = (BUCKETS as u64 - 1).wrapping_sub(u64::from(key));
+                ranked[*place as usize] = Candidate(bucket << 32 | u64::from(touched[part][number]));
+                *place += 1;
+            }
         }
         ranked.truncate(candidates);
-        buckets.truncate(candidates);
     }
+}
+
+/// Adds the evidence of one kind to the sums. Returns the number of ids touched, which was `count`.
+#[inline(never)]
+fn add(
+    sums: &mut [i16],
+    touched: &mut [u32],
+    count: usize,
+    ids: &[u32],
+    strengths: &[u8],
+    weights: &[i16; STRENGTHS],
+) -> usize {
+    let mut count = count;
+    for (id, strength) in ids.iter().zip(strengths) {
+        let sum = &mut sums[*id as usize];
+        // No branch: whether an id is new to the row is a matter of chance. Sums wrap only in damaged records.
+        touched[count] = *id;
+        count += (*sum & NOTHING_SAID) as usize;
+        *sum = (*sum & !NOTHING_SAID).wrapping_add(weights[*strength as usize % STRENGTHS]);
+    }
+    count
 }

@@ -24,8 +24,8 @@ pub(crate) struct Table {
 }
 
 /// Cells of equal size into which a table's total is divided for look-ups.
-const CELLS: usize = 128;
-const CELL_BITS: u32 = FREQUENCY_BITS - 7;
+const CELLS: usize = 256;
+const CELL_BITS: u32 = FREQUENCY_BITS - 8;
 
 impl Table {
     /// A table that suits these counts; at least one 2048th is left for what was not counted.
@@ -237,6 +237,7 @@ impl<'a> Encoder<'a> {
 }
 
 /// Reads what an [`Encoder`] wrote. On any bytes it gives some symbols; [`Decoder::finish`] says whether all was well.
+#[derive(Clone)]
 pub(crate) struct Decoder<'a> {
     lookup: &'a [u32],
     lookup_starts: &'a [u32],
@@ -266,15 +267,15 @@ impl<'a> Decoder<'a> {
     #[inline(always)]
     fn advance(&mut self, frequency: u32, place: u32) {
         // Wraps only in damaged records.
-        let mut state = frequency.wrapping_mul(self.state >> FREQUENCY_BITS).wrapping_add(place);
-        if state < LEAST_STATE {
-            let word = match self.words.get(self.place..self.place + 2) {
-                Some(word) => u32::from(u16::from_le_bytes([word[0], word[1]])),
-                None => 0,
-            };
-            self.place += 2;
-            state = state << 16 | word;
-        }
+        let state = frequency.wrapping_mul(self.state >> FREQUENCY_BITS).wrapping_add(place);
+        let word = match self.words.get(self.place..self.place + 2) {
+            Some(word) => u32::from(u16::from_le_bytes([word[0], word[1]])),
+            None => 0,
+        };
+        // No branch: which symbol needs the next word is a matter of chance.
+        let short = state < LEAST_STATE;
+        self.place += 2 * usize::from(short);
+        let state = if short { state << 16 | word } else { state };
         self.state = self.other;
         self.other = state;
     }

@@ -3,7 +3,7 @@
 //! disagree. It is written down in docs/cache-records.md.
 
 use super::coder::context;
-use super::model::{BUCKETS, History, Known, Model, NUMBER_CLASSES, Ranker, class_of, of_class};
+use super::model::{BUCKETS, Candidate, History, Known, Model, NUMBER_CLASSES, Ranker, class_of, of_class};
 use super::quantizer::{RowKind, TAIL_CODES};
 use super::rans::{Decoder, Sink};
 use super::record::{QuantisedRow, RecordShape};
@@ -87,6 +87,11 @@ impl Scale {
             least: u32::from(!matches!(quantiser.kind, RowKind::ThresholdSampled { .. })),
         }
     }
+
+    #[inline(always)]
+    fn has(&self, level: u32) -> bool {
+        level >= self.least && (level as usize) < self.squares.len()
+    }
 }
 
 /// One direction of the walk.
@@ -96,6 +101,9 @@ pub(super) trait Direction {
     fn symbol(&mut self, context: usize, symbol: u8) -> u8;
     fn raw(&mut self, value: u32, bits: u32) -> u32;
     fn overran(&self) -> bool;
+    /// Does something with a copy of this direction that is kept in registers, if that is possible, and goes on from where
+    /// the copy came to.
+    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R;
 
     /// A number by its class.
     #[inline(always)]
@@ -127,6 +135,9 @@ impl<S: Sink> Direction for Writing<S> {
     fn overran(&self) -> bool {
         false
     }
+    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R {
+        something(self)
+    }
 }
 
 pub(super) struct Reading<'a>(pub Decoder<'a>);
@@ -143,6 +154,13 @@ impl Direction for Reading<'_> {
     }
     fn overran(&self) -> bool {
         self.0.overran()
+    }
+    #[inline(always)]
+    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R {
+        let mut local = Reading(self.0.clone());
+        let made = something(&mut local);
+        self.0 = local.0;
+        made
     }
 }
 
@@ -231,16 +249,12 @@ impl<D: Direction> Walk<'_, D> {
 
     #[inline(always)]
     fn level(&mut self, context: usize, level: u16) -> u16 {
-        let level = if self.scale.counts {
-            self.direction.number(context, u32::from(level).wrapping_sub(1)).wrapping_add(1)
-        } else {
-            u32::from(self.direction.symbol(context, level as u8))
-        };
-        if level < self.scale.least || level as usize >= self.scale.squares.len() {
-            self.wrong(format!("a level of {level}"));
-            return 1;
+        let level = coded_level(&mut self.direction, self.scale, context, level);
+        if self.scale.has(level) {
+            return level as u16;
         }
-        level as u16
+        self.wrong(format!("a level of {level}"));
+        1
     }
 
     /// A valid row: the workspace's row, which is filled when reading.
@@ -383,37 +397,13 @@ impl<D: Direction> Walk<'_, D> {
         if D::WRITES {
             let kept = row.ids.iter().enumerate().skip(1);
             kept.for_each(|(place, id)| self.space.kept[*id as usize] = place as u32 + 1);
-        } else {
-            // A damaged count may be large: room for what is usual.
-            row.ids.reserve(count.min(1024));
-            row.levels.reserve(count.min(1024));
         }
-        let ranker = &mut self.space.ranker;
-        let (ranked, buckets) = (std::mem::take(&mut ranker.ranked), std::mem::take(&mut ranker.buckets));
-        let mut at = 0;
-        while left > 0 && at < ranked.len() {
-            let context = context::GAP + buckets[at] as usize * 16 + (class_of(left as u32).0 as usize).min(15);
-            let next = if D::WRITES {
-                (at..ranked.len()).find(|place| self.space.kept[ranked[*place] as usize] > 0)
-            } else {
-                None
-            };
-            let gap = next.map_or(0, |next| (next - at) as u32);
-            let written = if D::WRITES && next.is_none() { NOT_RANKED } else { class_of(gap).0 };
-            let symbol = self.direction.symbol(context, written);
-            if symbol == NOT_RANKED {
-                break;
-            }
-            at += self.direction.rest(symbol, gap) as usize;
-            let Some(&id) = ranked.get(at) else {
-                self.wrong("a kept id after the last candidate".into());
-                break;
-            };
-            self.kept(id, buckets[at] as usize / 2, &mut left, &mut mass, row);
-            at += 1;
-        }
-        (self.space.ranker.ranked, self.space.ranker.buckets) = (ranked, buckets);
-        if left > 0 {
+        let (scale, space) = (self.scale, &mut *self.space);
+        let (ranked, marks) = (&space.ranker.ranked[..], &mut space.kept[..]);
+        let fault = self.direction.as_local(|direction| expected(direction, scale, ranked, marks, &mut left, &mut mass, row));
+        if let Some(fault) = fault {
+            self.wrong(fault);
+        } else if left > 0 {
             self.unexpected(left, mass, row);
         }
     }
@@ -427,42 +417,39 @@ impl<D: Direction> Walk<'_, D> {
             places.extend(rest.map(|id| self.model.places[*id as usize]));
             places.sort_unstable();
         }
-        let mut from = 0;
-        for number in 0..left {
-            let gap = places.get(number).map_or(0, |place| place - from);
-            let context = context::OUT
-                + (class_of(from).0 as usize / 4).min(15) * 16
-                + (class_of(left as u32).0 as usize).min(15);
-            let place = from.saturating_add(self.direction.number(context, gap));
-            let id = self.at(place);
-            if self.fault.is_some() || self.direction.overran() {
-                return;
+        let (model, scale, marks) = (self.model, self.scale, &mut self.space.kept[..]);
+        let fault = self.direction.as_local(|direction| {
+            let mut from = 0;
+            for number in 0..left {
+                let gap = places.get(number).map_or(0, |place| place - from);
+                let context = context::OUT
+                    + (class_of(from).0 as usize / 4).min(15) * 16
+                    + (class_of(left as u32).0 as usize).min(15);
+                let place = from.saturating_add(direction.number(context, gap));
+                let Some(&id) = model.order.get(place as usize) else {
+                    return Some(format!("it holds the id at place {place} of {}", model.order.len()));
+                };
+                if direction.overran() {
+                    return None;
+                }
+                let written = if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
+                let level = coded_level(direction, scale, level_context(BUCKETS / 2, left, mass), written);
+                if !scale.has(level) {
+                    return Some(format!("a level of {level}"));
+                }
+                if !D::WRITES {
+                    row.ids.push(id);
+                    row.levels.push(level as u16);
+                }
+                mass -= i64::from(scale.squares[level as usize]);
+                left -= 1;
+                from = place + 1;
             }
-            self.kept(id, BUCKETS / 2, &mut left, &mut mass, row);
-            from = place + 1;
+            None
+        });
+        if let Some(fault) = fault {
+            self.wrong(fault);
         }
-    }
-
-    /// The level of an id that was found.
-    #[inline(always)]
-    fn kept(&mut self, id: u32, bucket: usize, left: &mut usize, mass: &mut i64, row: &mut QuantisedRow) {
-        let context = if *left == 1 {
-            context::LEVEL_LAST + (class_of((*mass).max(0) as u32).0 as usize).min(79)
-        } else {
-            let mean = ((*mass).max(0) as u32) / *left as u32;
-            context::LEVEL + bucket * 40 + (class_of(mean).0 as usize / 2).min(39)
-        };
-        let level = if D::WRITES {
-            let place = std::mem::take(&mut self.space.kept[id as usize]);
-            self.level(context, row.levels[place as usize - 1])
-        } else {
-            let level = self.level(context, 0);
-            row.ids.push(id);
-            row.levels.push(level);
-            level
-        };
-        *mass -= i64::from(self.scale.squares[level as usize]);
-        *left -= 1;
     }
 
     fn label(&mut self, context: usize, code: u16) -> u16 {
@@ -483,4 +470,100 @@ impl<D: Direction> Walk<'_, D> {
         }
         number - 1
     }
+}
+
+/// Levels as they are coded; a damaged record may hold any number.
+#[inline(always)]
+fn coded_level<D: Direction>(direction: &mut D, scale: &Scale, context: usize, level: u16) -> u32 {
+    if scale.counts {
+        direction.number(context, u32::from(level).wrapping_sub(1)).wrapping_add(1)
+    } else {
+        u32::from(direction.symbol(context, level as u8))
+    }
+}
+
+/// The context of a level, by the bucket of its id, the ids left, it included, and the mass left for them.
+#[inline(always)]
+fn level_context(bucket: usize, left: usize, mass: i64) -> usize {
+    let mass = mass.max(0) as u32;
+    if left == 1 {
+        return context::LEVEL_LAST + (class_of(mass).0 as usize).min(79);
+    }
+    let mean = match INVERSES.get(left) {
+        // The quotient, exactly: no mass is above 16 * 190^2, so mass * left is below 2^32.
+        Some(inverse) => (u64::from(mass) * inverse >> 32) as u32,
+        None => mass / left as u32,
+    };
+    context::LEVEL + bucket * 40 + (class_of(mean).0 as usize / 2).min(39)
+}
+
+/// `floor(2^32 / n) + 1` by `n`.
+const INVERSES: [u64; 64] = {
+    let mut inverses = [0; 64];
+    let mut n = 1;
+    while n < inverses.len() {
+        inverses[n] = (1 << 32) / n as u64 + 1;
+        n += 1;
+    }
+    inverses
+};
+
+/// Ids among the candidates, in their order: the innermost loop. Returns what is wrong with the record.
+#[inline(always)]
+fn expected<D: Direction>(
+    direction: &mut D,
+    scale: &Scale,
+    ranked: &[Candidate],
+    marks: &mut [u32],
+    left: &mut usize,
+    mass: &mut i64,
+    row: &mut QuantisedRow,
+) -> Option<String> {
+    let mut found = row.ids.len();
+    if !D::WRITES {
+        let room = found + (*left).min(ranked.len());
+        row.ids.resize(room, 0);
+        row.levels.resize(room, 0);
+    }
+    let (mut at, mut fault) = (0, None);
+    while *left > 0 && at < ranked.len() {
+        let context = context::GAP + ranked[at].bucket() * 16 + (class_of(*left as u32).0 as usize).min(15);
+        let next = if D::WRITES {
+            (at..ranked.len()).find(|place| marks[ranked[*place].id() as usize] > 0)
+        } else {
+            None
+        };
+        let gap = next.map_or(0, |next| (next - at) as u32);
+        let written = if D::WRITES && next.is_none() { NOT_RANKED } else { class_of(gap).0 };
+        let symbol = direction.symbol(context, written);
+        if symbol == NOT_RANKED {
+            break;
+        }
+        at += direction.rest(symbol, gap) as usize;
+        let Some(candidate) = ranked.get(at) else {
+            fault = Some(String::from("a kept id after the last candidate"));
+            break;
+        };
+        let id = candidate.id();
+        let written = if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
+        let context = level_context(candidate.bucket() / 2, *left, *mass);
+        let level = coded_level(direction, scale, context, written);
+        if !scale.has(level) {
+            fault = Some(format!("a level of {level}"));
+            break;
+        }
+        if !D::WRITES {
+            row.ids[found] = id;
+            row.levels[found] = level as u16;
+            found += 1;
+        }
+        *mass -= i64::from(scale.squares[level as usize]);
+        *left -= 1;
+        at += 1;
+    }
+    if !D::WRITES {
+        row.ids.truncate(found);
+        row.levels.truncate(found);
+    }
+    fault
 }
