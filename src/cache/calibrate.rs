@@ -10,8 +10,8 @@ use super::coder::{Coder, LIST_LENGTH, context};
 use super::compact::{QuantisedSequence, write_sequence};
 use super::exact_math::{exp, ln};
 use super::model::{
-    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS, class_of, evidence,
-    evidence_of,
+    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS,
+    class_of, evidence, evidence_of,
 };
 use super::quantizer::RowKind;
 use super::rans::{ESCAPE, Sink, Table, Tables};
