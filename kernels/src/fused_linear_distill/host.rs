@@ -8,12 +8,13 @@
 
 use std::borrow::Cow;
 
+use half::bf16;
+
 use super::{
     LossSettings, RowMeasures, RowTargets, RowWeights, Weigh,
     logits::row_loss,
     pieces::{PARTS, Piece, Results},
 };
-use half::bf16;
 
 /// Most bytes of logits in memory at once.
 pub(super) const PIECE_BYTES: usize = 64 << 20;
