@@ -8,12 +8,13 @@
 
 use std::borrow::Cow;
 
+use half::bf16;
+
 use super::{
     LossSettings, RowMeasures, RowTargets, RowWeights, Weigh,
     logits::row_loss,
     pieces::{PARTS, Piece, Results},
 };
-use half::bf16;
 
 /// Most bytes of logits in memory at once.
 pub(super) const PIECE_BYTES: usize = 64 << 20;
@@ -132,6 +133,9 @@ pub fn run_in_pieces(
     let (first, others) = live.split_at(in_gradient);
     let most = piece_rows(others.len(), vocab, piece_bytes);
     let mut room = vec![];
+    // One room for all pieces: as many small ones, freed in between, would be a third more memory.
+    let largest = first.len().max(most.min(others.len()));
+    let mut hidden_grads = vec![0.0f32; if wanted.hidden { PARTS * width * largest } else { 0 }];
     let pieces = (!first.is_empty()).then_some(first).into_iter().chain(others.chunks(most));
     for (number, live) in pieces.enumerate() {
         let hidden_rows = gather(&hidden, width, live);
@@ -151,13 +155,16 @@ pub fn run_in_pieces(
         }
         if wanted != Wanted::NOTHING {
             let logits = (!borrowed).then(|| &room[..live.len() * vocab]);
-            let results =
-                Results { hidden: wanted.hidden, lm_head: output.lm_head_grad.as_deref_mut(), add: number > 0 };
-            let hidden_grad = piece.differentiate(logits, &finished, results);
+            let results = Results {
+                hidden: wanted.hidden.then_some(&mut hidden_grads[..]),
+                lm_head: output.lm_head_grad.as_deref_mut(),
+                add: number > 0,
+            };
+            piece.differentiate(logits, &finished, results);
             if let Some(into) = &mut output.hidden_grad {
                 for (place, &row) in live.iter().enumerate() {
                     for (d, slot) in into[row * width..][..width].iter_mut().enumerate() {
-                        *slot = hidden_grad[d * live.len() + place];
+                        *slot = hidden_grads[d * live.len() + place];
                     }
                 }
             }

@@ -6,6 +6,8 @@
 //! gradient of the head is to be written. Tiles and parts are cut by the shapes alone, so sums do not depend on the
 //! threads.
 
+use std::sync::Mutex;
+
 use rayon::prelude::*;
 
 use super::{
@@ -83,7 +85,8 @@ pub(super) struct Piece<'a> {
 
 /// What to compute, and into what.
 pub(super) struct Results<'a> {
-    pub(super) hidden: bool,
+    /// Room for the parts of the hidden states' gradient, `PARTS` times `[D, n]`; the first of them becomes the sum.
+    pub(super) hidden: Option<&'a mut [f32]>,
     pub(super) lm_head: Option<&'a mut [f32]>,
     /// Whether the head's gradient is added to what is there.
     pub(super) add: bool,
@@ -94,7 +97,8 @@ struct Part<'a> {
     ids: std::ops::Range<usize>,
     logits: Option<&'a [f32]>,
     lm_head_grad: Option<&'a mut [f32]>,
-    hidden: bool,
+    /// `[D, n]`
+    hidden_grad: Option<&'a mut [f32]>,
     add: bool,
 }
 
@@ -108,10 +112,10 @@ pub(super) struct Measured {
 }
 
 /// What a tile's logits were before they were masked, and what they add up to.
-struct TileMeasures {
-    statistics: Vec<RowStatistics>,
-    kept: Vec<f32>,
-    labels: Vec<f32>,
+struct TileMeasures<'a> {
+    statistics: &'a mut [RowStatistics],
+    kept: &'a mut [f32],
+    labels: &'a mut [f32],
 }
 
 /// Rows with their values known and their gradients given by a few numbers each.
@@ -162,13 +166,32 @@ impl<'a> Piece<'a> {
     /// Computes the logits `[V, n]`, with the kept ones taken out. `places` has room for `stride` of them per id; those
     /// of a tile are at the beginning of its room.
     pub(super) fn measure(&self, places: &mut [f32], stride: usize) -> Measured {
-        let count = self.count();
-        let tiles: Vec<TileMeasures> = places
-            .par_chunks_mut(self.tile * stride)
+        let (count, tiles) = (self.count(), self.vocab.div_ceil(self.tile));
+        // One allocation each: small ones that outlive a product would tear holes into the memory that products take
+        // and leave, and there would be more of it with every tile.
+        let mut statistics_of_tiles = vec![RowStatistics::NONE; tiles * count];
+        let mut kept_of_tiles = vec![0.0; self.entries.kept.len()];
+        let mut labels_of_tiles = vec![0.0; self.entries.labels.len()];
+        let mut kept_left = Some(&mut kept_of_tiles[..]);
+        let mut labels_left = Some(&mut labels_of_tiles[..]);
+        let tiles: Vec<(TileMeasures, &mut [f32])> = statistics_of_tiles
+            .chunks_mut(count)
+            .zip(places.chunks_mut(self.tile * stride))
             .enumerate()
-            .map(|(number, places)| {
+            .map(|(number, (statistics, places))| {
+                let length = |entries: &[Entry]| within(entries, number * self.tile, self.tile).len();
+                let kept = take_front(&mut kept_left, length(&self.entries.kept)).unwrap_or_default();
+                let labels = take_front(&mut labels_left, length(&self.entries.labels)).unwrap_or_default();
+                (TileMeasures { statistics, kept, labels }, places)
+            })
+            .collect();
+        let tiles: Vec<TileMeasures> = tiles
+            .into_par_iter()
+            .enumerate()
+            .map(|(number, (mut measures, places))| {
                 let ids = places.len() / stride;
-                self.measure_tile(number * self.tile, &mut places[..ids * count])
+                self.measure_tile(number * self.tile, &mut places[..ids * count], &mut measures);
+                measures
             })
             .collect();
         let temperature = self.settings.temperature as f64;
@@ -176,23 +199,24 @@ impl<'a> Piece<'a> {
         let (mut kept, mut labels) = (vec![0.0; self.entries.kept.len()], vec![f32::NEG_INFINITY; count]);
         for (number, tile) in tiles.into_iter().enumerate() {
             let first = number * self.tile;
-            for (all, part) in statistics.iter_mut().zip(tile.statistics) {
-                *all = all.join(part, temperature);
+            for (all, part) in statistics.iter_mut().zip(tile.statistics.iter()) {
+                *all = all.join(*part, temperature);
             }
-            for (entry, logit) in within(&self.entries.kept, first, self.tile).iter().zip(tile.kept) {
+            for (entry, logit) in within(&self.entries.kept, first, self.tile).iter().zip(tile.kept.iter()) {
+                let logit = *logit;
                 kept[entry.slot as usize] = logit;
                 let place = RowStatistics { largest: logit, argmax: entry.id, ..RowStatistics::NONE };
                 let all = &mut statistics[entry.row as usize];
                 *all = all.join(place, temperature);
             }
-            for (entry, logit) in within(&self.entries.labels, first, self.tile).iter().zip(tile.labels) {
-                labels[entry.slot as usize] = logit;
+            for (entry, logit) in within(&self.entries.labels, first, self.tile).iter().zip(tile.labels.iter()) {
+                labels[entry.slot as usize] = *logit;
             }
         }
         Measured { statistics, kept, labels }
     }
 
-    fn measure_tile(&self, first: usize, logits: &mut [f32]) -> TileMeasures {
+    fn measure_tile(&self, first: usize, logits: &mut [f32], measures: &mut TileMeasures<'_>) {
         let count = self.count();
         let ids = logits.len() / count;
         let head = self.lm_head.rows(self.width, first, ids);
@@ -200,11 +224,12 @@ impl<'a> Piece<'a> {
         let head = View::rows(&head, ids, self.width, self.width).transposed();
         multiply_into_columns(logits, count, false, hidden, head);
         let at = |entry: &Entry| (entry.id as usize - first) * count + entry.row as usize;
-        let labels = within(&self.entries.labels, first, ids).iter().map(|entry| logits[at(entry)]).collect();
-        let kept = within(&self.entries.kept, first, ids)
-            .iter()
-            .map(|entry| std::mem::replace(&mut logits[at(entry)], f32::NEG_INFINITY))
-            .collect();
+        for (label, entry) in measures.labels.iter_mut().zip(within(&self.entries.labels, first, ids)) {
+            *label = logits[at(entry)];
+        }
+        for (kept, entry) in measures.kept.iter_mut().zip(within(&self.entries.kept, first, ids)) {
+            *kept = std::mem::replace(&mut logits[at(entry)], f32::NEG_INFINITY);
+        }
 
         let (mut largest, mut places) = (vec![f32::NEG_INFINITY; count], vec![u32::MAX; count]);
         max_columns(logits, &mut largest, &mut places);
@@ -219,13 +244,14 @@ impl<'a> Piece<'a> {
         let unscaled = masses(1.0);
         let scaled =
             if self.settings.temperature == 1.0 { unscaled.clone() } else { masses(self.settings.temperature) };
-        let statistics = (0..count).map(|row| RowStatistics {
-            rest: scaled[row],
-            rest_unscaled: unscaled[row],
-            largest: largest[row],
-            argmax: if largest[row] > f32::NEG_INFINITY { first as u32 + places[row] } else { u32::MAX },
-        });
-        TileMeasures { statistics: statistics.collect(), kept, labels }
+        for (row, statistics) in measures.statistics.iter_mut().enumerate() {
+            *statistics = RowStatistics {
+                rest: scaled[row],
+                rest_unscaled: unscaled[row],
+                largest: largest[row],
+                argmax: if largest[row] > f32::NEG_INFINITY { first as u32 + places[row] } else { u32::MAX },
+            };
+        }
     }
 
     /// Values, weights and gradients of the rows' outcomes.
@@ -264,39 +290,55 @@ impl<'a> Piece<'a> {
     }
 
     /// Makes the gradient of the logits and multiplies it on. `logits` of none are where the gradient of the head comes
-    /// to lie. Gives the gradient of the hidden states, `[D, n]`.
-    pub(super) fn differentiate(&self, logits: Option<&[f32]>, finished: &Finished, results: Results<'_>) -> Vec<f32> {
+    /// to lie.
+    pub(super) fn differentiate(&self, logits: Option<&[f32]>, finished: &Finished, results: Results<'_>) {
         let (count, width, add) = (self.count(), self.width, results.add);
         let tiles = self.vocab.div_ceil(self.tile);
         let mut lm_head_grad = results.lm_head;
+        let mut hidden_grads = results.hidden;
         let parts: Vec<Part> = (0..PARTS)
             .map(|part| {
                 let border = |part: usize| (part * tiles / PARTS * self.tile).min(self.vocab);
-                let ids = border(part)..border(part + 1);
-                let lm_head_grad = lm_head_grad.take().map(|gradient| {
-                    let (own, others) = gradient.split_at_mut(ids.len() * width);
-                    lm_head_grad = Some(others);
-                    own
-                });
-                let logits = logits.map(|logits| &logits[ids.start * count..ids.end * count]);
-                Part { ids, logits, lm_head_grad, hidden: results.hidden, add }
+                border(part)..border(part + 1)
             })
-            .filter(|part| !part.ids.is_empty())
+            .filter(|ids| !ids.is_empty())
+            .map(|ids| Part {
+                logits: logits.map(|logits| &logits[ids.start * count..ids.end * count]),
+                lm_head_grad: take_front(&mut lm_head_grad, ids.len() * width),
+                hidden_grad: take_front(&mut hidden_grads, width * count),
+                ids,
+                add,
+            })
             .collect();
-        let parts: Vec<Vec<f32>> = parts.into_par_iter().map(|part| self.differentiate_part(part, finished)).collect();
-        let mut parts = parts.into_iter();
-        let mut sum = parts.next().unwrap_or_default();
-        for part in parts {
-            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        // A room for each thread at work, in one allocation.
+        let room = self.tile.min(self.vocab) * count;
+        let mut rooms = vec![0.0f32; rayon::current_num_threads().min(PARTS) * room];
+        let rooms: Mutex<Vec<_>> = Mutex::new(rooms.chunks_mut(room).collect());
+        let mut hidden_grads: Vec<_> = parts
+            .into_par_iter()
+            .filter_map(|part| {
+                let room = rooms.lock().expect("no thread fails here").pop().expect("as many rooms as threads");
+                let hidden_grad = self.differentiate_part(part, finished, room);
+                rooms.lock().expect("no thread fails here").push(room);
+                hidden_grad
+            })
+            .collect();
+        if let Some((sum, others)) = hidden_grads.split_first_mut() {
+            for other in others {
+                sum.iter_mut().zip(other.iter()).for_each(|(sum, other)| *sum += other);
+            }
         }
-        sum
     }
 
-    fn differentiate_part(&self, mut part: Part<'_>, finished: &Finished) -> Vec<f32> {
+    /// Gives back the room for the part's gradient of the hidden states.
+    fn differentiate_part<'b>(
+        &self,
+        mut part: Part<'b>,
+        finished: &Finished,
+        room: &mut [f32],
+    ) -> Option<&'b mut [f32]> {
         let (count, width) = (self.count(), self.width);
         let hidden = View::rows(self.hidden, count, width, width);
-        let mut hidden_grad = vec![0.0; if part.hidden { width * count } else { 0 }];
-        let mut room = vec![0.0; self.tile.min(part.ids.len()) * count];
         for first in part.ids.clone().step_by(self.tile) {
             let (at, ids) = (first - part.ids.start, self.tile.min(part.ids.end - first));
             let mut lm_head_grad = part.lm_head_grad.as_deref_mut().map(|all| &mut all[at * width..][..ids * width]);
@@ -311,13 +353,13 @@ impl<'a> Piece<'a> {
             if let Some(into) = &mut lm_head_grad {
                 multiply(into, width, part.add, 1.0, gradient, hidden, false);
             }
-            if part.hidden {
+            if let Some(into) = &mut part.hidden_grad {
                 let head = self.lm_head.rows(width, first, ids);
                 let head = View::rows(&head, ids, width, width);
-                multiply_into_columns(&mut hidden_grad, count, at > 0, gradient.transposed(), head);
+                multiply_into_columns(into, count, at > 0, gradient.transposed(), head);
             }
         }
-        hidden_grad
+        part.hidden_grad
     }
 
     fn write_gradient(&self, first: usize, logits: &[f32], finished: &Finished, gradient: &mut [f32]) {
@@ -343,6 +385,13 @@ impl<'a> Piece<'a> {
             gradient[at(entry)] += finished.label_gradient[entry.row as usize];
         }
     }
+}
+
+/// The first `count` values, which what is left of the slice begins after.
+fn take_front<'a>(slice: &mut Option<&'a mut [f32]>, count: usize) -> Option<&'a mut [f32]> {
+    let (front, rest) = slice.take()?.split_at_mut(count);
+    *slice = Some(rest);
+    Some(front)
 }
 
 impl DenseColumns {
