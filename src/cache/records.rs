@@ -50,7 +50,8 @@ pub(crate) fn learn(settings: &CacheSettings, blocks: &mut dyn Iterator<Item = R
             .extend((0..block.tokens.len() / (shape.seq_len + 1)).map(|number| block.sequence(number, shape.seq_len)));
     }
     let sequences = sample.iter().map(|(sequence, targets)| (sequence, targets.as_ref()));
-    let coder = Coder::calibrate(sequences, shape.record(), CalibrationSettings::of_kind(shape.record().quantiser.kind));
+    let coder =
+        Coder::calibrate(sequences, shape.record(), CalibrationSettings::of_kind(shape.record().quantiser.kind));
     let tensors = coder.to_tensors();
     let views = tensors.iter().map(|(name, bytes)| {
         (*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes).expect("bytes have the length they have"))

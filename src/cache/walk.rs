@@ -400,7 +400,8 @@ impl<D: Direction> Walk<'_, D> {
         }
         let (scale, space) = (self.scale, &mut *self.space);
         let (ranked, marks) = (&space.ranker.ranked[..], &mut space.kept[..]);
-        let fault = self.direction.as_local(|direction| expected(direction, scale, ranked, marks, &mut left, &mut mass, row));
+        let fault =
+            self.direction.as_local(|direction| expected(direction, scale, ranked, marks, &mut left, &mut mass, row));
         if let Some(fault) = fault {
             self.wrong(fault);
         } else if left > 0 {
@@ -432,7 +433,8 @@ impl<D: Direction> Walk<'_, D> {
                 if direction.overran() {
                     return None;
                 }
-                let written = if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
+                let written =
+                    if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
                 let level = coded_level(direction, scale, level_context(BUCKETS / 2, left, mass), written);
                 if !scale.has(level) {
                     return Some(format!("a level of {level}"));
@@ -528,11 +530,8 @@ fn expected<D: Direction>(
     let (mut at, mut fault) = (0, None);
     while *left > 0 && at < ranked.len() {
         let context = context::GAP + ranked[at].bucket() * 16 + (class_of(*left as u32).0 as usize).min(15);
-        let next = if D::WRITES {
-            (at..ranked.len()).find(|place| marks[ranked[*place].id() as usize] > 0)
-        } else {
-            None
-        };
+        let next =
+            if D::WRITES { (at..ranked.len()).find(|place| marks[ranked[*place].id() as usize] > 0) } else { None };
         let gap = next.map_or(0, |next| (next - at) as u32);
         let written = if D::WRITES && next.is_none() { NOT_RANKED } else { class_of(gap).0 };
         let symbol = direction.symbol(context, written);
