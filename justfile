@@ -20,6 +20,10 @@ test:
 crash-campaign kills="1000":
     LIMBECK_TEST_KILLS={{kills}} cargo test --test cache_kill killing_writers -- --nocapture
 
+# Throw damaged bytes at everything that reads a cache; `cargo test` does so with a sample of them
+fuzz-cache cases="10000000":
+    LIMBECK_FUZZ_CASES={{cases}} cargo test --lib cache::fuzz_tests -- --nocapture
+
 # The documentation, with warnings as errors
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

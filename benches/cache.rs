@@ -116,6 +116,8 @@ fn find(count: u64) {
 
 fn main() {
     verify_and_decode(Codec::Raw);
+    verify_and_decode(Codec::Packed);
+    verify_and_decode(Codec::Compact);
     find(100);
     find(1_000_000);
 }

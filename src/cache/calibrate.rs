@@ -2,8 +2,8 @@
 //!
 //! Three passes over the sample: ids that rows keep after and together with tokens become lists; logistic regression
 //! weighs the lists against each other; a trial run of the codec counts the symbols of each context. The second and
-//! third read sequences that did not go into the lists, or the lists would look better than they are; then the lists
-//! are made again, of everything. One thread, sums in a fixed order, no function of the system's library: the same
+//! third read sequences that did not go into the lists, or the lists would look better than they are: a quarter of the
+//! sample in turn. Then the lists are made again, of everything. One thread, sums in a fixed order, no function of the system's library: the same
 //! sample gives the same coder everywhere.
 
 use super::coder::{Coder, LIST_LENGTH, context};
@@ -55,8 +55,8 @@ const FIT_ROWS: usize = 12_000;
 const FIT_PASSES: usize = 2;
 /// Contexts that occurred less often share a table.
 const LEAST_COUNT: u64 = 48;
-/// Every so many sequences one is left out of the lists at first.
-const FOLD: usize = 4;
+/// Parts of the sample that are left out of the lists in turn.
+const FOLDS: usize = 4;
 
 /// A row of the sample, with what stands around it.
 struct SampleRow<'a> {
@@ -87,18 +87,24 @@ impl Coder {
         let mut error = QuantisationError::default();
         let sample: Vec<QuantisedSequence> =
             sample.map(|(sequence, targets)| QuantisedSequence::new(sequence, targets, shape, &mut error)).collect();
-        let held = |number: usize| number % FOLD == FOLD - 1 || sample.len() == 1;
+        let folds = FOLDS.min(sample.len()).max(1);
         let part = |keep: &dyn Fn(usize) -> bool| -> Vec<&QuantisedSequence> {
-            sample.iter().enumerate().filter(|(number, _)| keep(*number)).map(|(_, sequence)| sequence).collect()
+            sample.iter().enumerate().filter(|(number, _)| keep(number % folds)).map(|(_, sequence)| sequence).collect()
         };
-        let (learnt, rest) = (part(&|number| !held(number)), part(&held));
-        let first = lists_of(&learnt, shape.vocab_size, settings);
-        let weights = fit(&first, &rest, shape);
-        let model = Model::new(first.classes, first.follows, first.together, weights.clone());
+        let mut weights = vec![];
         let mut space = Workspace::new(shape.vocab_size);
         let mut counts = Counts(vec![[0; 256]; context::COUNT_OF_CONTEXTS]);
-        for sequence in rest {
-            counts = write_sequence(sequence, shape, &model, &mut space, counts);
+        for fold in 0..folds {
+            // A sample of one sequence is all there is to learn from.
+            let learnt = lists_of(&part(&|number| number != fold || folds == 1), shape.vocab_size, settings);
+            let held = part(&|number| number == fold);
+            if fold == 0 {
+                weights = fit(&learnt, &held, shape);
+            }
+            let model = Model::new(learnt.classes, learnt.follows, learnt.together, weights.clone());
+            for sequence in held {
+                counts = write_sequence(sequence, shape, &model, &mut space, counts);
+            }
         }
         let tables = tables_of(&counts.0);
         let all = lists_of(&part(&|_| true), shape.vocab_size, settings);

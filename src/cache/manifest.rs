@@ -27,8 +27,8 @@ pub(crate) const CODER_FILE: &str = "coder.safetensors";
 pub(crate) const FORMAT: &str = "limbeck soft-target cache";
 pub(crate) const PROGRAM: &str = concat!("limbeck ", env!("CARGO_PKG_VERSION"));
 /// What follows the root hash, which is the last value of the file.
-const AFTER_ROOT: &[u8] = b"\"\n}\n";
-const HASH_DIGITS: usize = 64;
+pub(super) const AFTER_ROOT: &[u8] = b"\"\n}\n";
+pub(super) const HASH_DIGITS: usize = 64;
 
 /// What a finished cache is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -247,7 +247,7 @@ impl Manifest {
         Manifest::parse(&bytes, directory, &path)
     }
 
-    fn parse(bytes: &[u8], directory: &Path, path: &Path) -> Result<Manifest> {
+    pub(super) fn parse(bytes: &[u8], directory: &Path, path: &Path) -> Result<Manifest> {
         let damaged = |problem: String| Error::file(path, problem, DAMAGED);
 
         #[derive(Deserialize)]

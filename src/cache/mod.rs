@@ -22,6 +22,8 @@ mod coder;
 mod compact;
 mod convert;
 mod exact_math;
+#[cfg(test)]
+mod fuzz_tests;
 mod histogram;
 mod lease;
 mod location;

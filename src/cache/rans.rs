@@ -225,7 +225,7 @@ impl<'a> Encoder<'a> {
                 words.push(*state as u16);
                 *state >>= 16;
             }
-            *state = (*state / frequency << FREQUENCY_BITS) + *state % frequency + u32::from(start);
+            *state = ((*state / frequency) << FREQUENCY_BITS) + *state % frequency + u32::from(start);
         }
         for state in states {
             out.extend_from_slice(&state.to_le_bytes());

@@ -12,10 +12,10 @@ use super::{compact, packed};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
 
 /// Numbers that look random, the same for the same seed.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, limit: usize) -> usize {
+    pub(super) fn below(&mut self, limit: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 33) as usize) % limit
     }
@@ -29,7 +29,7 @@ const THRESHOLD: f32 = -4.6;
 
 /// A sequence that a cache may hold. Tokens and ids are skewed, so that coders find something to learn; now and then
 /// a row keeps nothing, everything, or values that no softmax gives.
-fn sample(seed: u64, shape: &RecordShape, kind: RowKind, sane: bool) -> (PackedSequence, SparseTargets) {
+pub(super) fn sample(seed: u64, shape: &RecordShape, kind: RowKind, sane: bool) -> (PackedSequence, SparseTargets) {
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let vocab_size = shape.vocab_size;
     let places = shape.seq_len + 1;
@@ -93,7 +93,7 @@ fn sample(seed: u64, shape: &RecordShape, kind: RowKind, sane: bool) -> (PackedS
     (sequence, targets)
 }
 
-fn shape_of(vocab_size: usize, kind: u8, steps: u16) -> (RecordShape, RowKind) {
+pub(super) fn shape_of(vocab_size: usize, kind: u8, steps: u16) -> (RecordShape, RowKind) {
     let (kind, temperatures): (_, &[f32]) = match kind % 4 {
         0 => (RowKind::Exact, &[1.0]),
         1 => (RowKind::Exact, &[1.0, 2.0, 0.5]),
@@ -103,7 +103,7 @@ fn shape_of(vocab_size: usize, kind: u8, steps: u16) -> (RecordShape, RowKind) {
     (RecordShape::new(24, vocab_size, temperatures, kind, steps).unwrap(), kind)
 }
 
-fn coder_of(shape: &RecordShape, kind: RowKind) -> Coder {
+pub(super) fn coder_of(shape: &RecordShape, kind: RowKind) -> Coder {
     let sample: Vec<_> = (1000..1024).map(|seed| sample(seed, shape, kind, true)).collect();
     let sequences = sample.iter().map(|(sequence, targets)| (sequence, Some(targets)));
     Coder::calibrate(sequences, shape, CalibrationSettings::default())
