@@ -116,7 +116,7 @@ fn any_coder_is_an_error_or_decodes() {
 }
 
 fn fixture(name: &str) -> Vec<u8> {
-    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cache_v2").join(name)).unwrap()
+    std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cache_v2/soft").join(name)).unwrap()
 }
 
 #[test]
