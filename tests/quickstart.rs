@@ -92,7 +92,7 @@ fn the_quick_start_does_not_wait_for_its_data() {
         .args(["distill", quickstart().join("scout.toml").to_str().unwrap(), "--run-dir"])
         .arg(&run_dir)
         .args(["--set", "data.tokens=12288", "--set", "train.steps=16", "--set", "train.lr.warmup=2"])
-        .args(["--set", "control.lr.warmup=2", "--set", "data.held_out=none", "--set", "cache.codec=compact"])
+        .args(["--set", "control.lr.warmup=2", "--set", "cache.codec=compact"])
         .args(["--set", "train.log_every=1"])
         .output()
         .unwrap();
