@@ -233,7 +233,7 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
             history.clear();
             for SampleRow { previous, label, place, row } in rows_of(sequence) {
                 number += 1;
-                if let (Some(&top), true) = (row.ids.first(), number % every == 0) {
+                if let (Some(&top), true) = (row.ids.first(), number.is_multiple_of(every)) {
                     let mut ids: Vec<u32> = vec![];
                     let mut features: Vec<Vec<u16>> = vec![];
                     let known = Known { place, previous, label, top };

@@ -411,7 +411,7 @@ impl<D: Direction> Walk<'_, D> {
 
     /// Ids that nothing spoke for.
     fn unexpected(&mut self, left: usize, mass: i64, row: &mut QuantisedRow) {
-        let (mut left, mut mass) = (left, mass);
+        let mut mass = mass;
         let mut places: Vec<u32> = vec![];
         if D::WRITES {
             let rest = row.ids[1..].iter().filter(|id| self.space.kept[**id as usize] > 0);
@@ -421,7 +421,7 @@ impl<D: Direction> Walk<'_, D> {
         let (model, scale, marks) = (self.model, self.scale, &mut self.space.kept[..]);
         let fault = self.direction.as_local(|direction| {
             let mut from = 0;
-            for number in 0..left {
+            for (number, left) in (1..=left).rev().enumerate() {
                 let gap = places.get(number).map_or(0, |place| place - from);
                 let context = context::OUT
                     + (class_of(from).0 as usize / 4).min(15) * 16
@@ -444,7 +444,6 @@ impl<D: Direction> Walk<'_, D> {
                     row.levels.push(level as u16);
                 }
                 mass -= i64::from(scale.squares[level as usize]);
-                left -= 1;
                 from = place + 1;
             }
             None
@@ -493,7 +492,7 @@ fn level_context(bucket: usize, left: usize, mass: i64) -> usize {
     }
     let mean = match INVERSES.get(left) {
         // The quotient, exactly: no mass is above 16 * 190^2, so mass * left is below 2^32.
-        Some(inverse) => (u64::from(mass) * inverse >> 32) as u32,
+        Some(inverse) => ((u64::from(mass) * inverse) >> 32) as u32,
         None => mass / left as u32,
     };
     context::LEVEL + bucket * 40 + (class_of(mean).0 as usize / 2).min(39)
