@@ -223,7 +223,7 @@ fn equal_sequences_take_their_targets_from_finished_caches() {
     let (old, settings) = (folder.path().join("old"), of_codec(Codec::Raw));
     write(&old, &settings, 10);
     let more = CacheSettings { data_fingerprint: "more data".into(), codec: Codec::Compact, ..settings.clone() };
-    let reuse = Reuse::open(&[old.clone()], &more).unwrap();
+    let reuse = Reuse::open(std::slice::from_ref(&old), &more).unwrap();
     assert_eq!(reuse.sequence_count(), 10);
     for number in 0..10 {
         let (sequence, targets, _) = sample(&settings, number);
