@@ -157,6 +157,7 @@ impl Places {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // Lists of ranges, some of them of one.
 mod tests {
     use super::*;
 
