@@ -3,8 +3,8 @@
 //!
 //! A row's gradient needs all of its logits to have been seen, so they are held in between: `[V, n]` for a piece of n
 //! rows. The gradient of the head, `[V, D]`, is memory that nothing is written to before the first piece's gradient. Up
-//! to D rows have their logits there, each tile of them where that tile of the head's gradient comes to lie. The other
-//! rows go in pieces that get memory of their own. What is done with a piece is in `pieces.rs`.
+//! to D rows have their logits there, each tile of them where that tile of the head's gradient comes to lie, if that is
+//! half of the rows at least. The other rows go in pieces that get memory of their own. What is done with a piece is in `pieces.rs`.
 
 use std::borrow::Cow;
 
@@ -178,6 +178,10 @@ pub fn run_in_pieces(
 fn rows_in_gradient(rows: usize, width: usize) -> usize {
     let most = PIECE_BYTES / (4 * PARTS * width.max(1));
     let most = width.min(most.max(LEAST_ROWS));
+    // For a small share of the rows it saves no pass over the head, and the parts' sums are as large as it is wide.
+    if 2 * most < rows {
+        return 0;
+    }
     // Whole vectors of rows, where there are more than fit.
     if rows > most && most > LEAST_ROWS { most / LEAST_ROWS * LEAST_ROWS } else { rows.min(most) }
 }
