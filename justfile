@@ -28,6 +28,10 @@ fuzz-cache cases="10000000":
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
+# Lints over the kernels for other devices
+device-lint:
+    cargo clippy -p limbeck-kernels --features wgpu,fusion,cuda-text --all-targets -- -D warnings
+
 # Type-check the CUDA build; needs no CUDA
 cuda-check:
     DOCS_RS=1 cargo check --features cuda
