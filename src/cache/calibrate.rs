@@ -9,13 +9,14 @@
 use super::coder::{Coder, LIST_LENGTH, context};
 use super::compact::{QuantisedSequence, write_sequence};
 use super::exact_math::{exp, ln};
+use super::manifest::QuantiserError;
 use super::model::{
     CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS,
     class_of, evidence, evidence_of,
 };
 use super::quantizer::RowKind;
 use super::rans::{ESCAPE, Sink, Table, Tables};
-use super::record::{QuantisationError, QuantisedRow, RecordShape};
+use super::record::{QuantisedRow, RecordShape};
 use super::walk::Workspace;
 use crate::targets::{PackedSequence, SparseTargets};
 
@@ -84,7 +85,7 @@ impl Coder {
         shape: &RecordShape,
         settings: CalibrationSettings,
     ) -> Coder {
-        let mut error = QuantisationError::default();
+        let mut error = QuantiserError::default();
         let sample: Vec<QuantisedSequence> =
             sample.map(|(sequence, targets)| QuantisedSequence::new(sequence, targets, shape, &mut error)).collect();
         let folds = FOLDS.min(sample.len()).max(1);

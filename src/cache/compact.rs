@@ -3,11 +3,11 @@
 
 use super::codec::Block;
 use super::coder::{Coder, context};
+use super::manifest::QuantiserError;
 use super::model::Model;
 use super::rans::{Decoder, Encoder, Sink, Tables};
 use super::record::{
-    QuantisationError, QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs,
-    segment_step,
+    QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs, segment_step,
 };
 use super::walk::{Reading, Scale, Walk, Workspace, Writing};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
@@ -23,7 +23,7 @@ impl QuantisedSequence {
         sequence: &PackedSequence,
         targets: Option<&SparseTargets>,
         shape: &RecordShape,
-        error: &mut QuantisationError,
+        error: &mut QuantiserError,
     ) -> Self {
         check(sequence, targets, shape);
         let mut rows = vec![];
@@ -81,7 +81,7 @@ pub(crate) fn encode_sequence(
     coder: &Coder,
     space: &mut Workspace,
     out: &mut Vec<u8>,
-    error: &mut QuantisationError,
+    error: &mut QuantiserError,
 ) {
     let quantised = QuantisedSequence::new(sequence, targets, shape, error);
     write_sequence(&quantised, shape, &coder.model, space, Encoder::new(&coder.tables)).finish(out);
@@ -108,7 +108,7 @@ impl RecordParts {
         coder: &Coder,
         space: &mut Workspace,
     ) {
-        let quantised = QuantisedSequence::new(sequence, targets, shape, &mut QuantisationError::default());
+        let quantised = QuantisedSequence::new(sequence, targets, shape, &mut QuantiserError::default());
         let costs = Costs { tables: &coder.tables, bits: [0.0; context::KINDS.len()], kind: None };
         let bits = write_sequence(&quantised, shape, &coder.model, space, costs).bits;
         for (start, bits) in context::KINDS.iter().zip(bits) {

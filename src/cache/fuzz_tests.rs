@@ -6,9 +6,10 @@ use std::path::Path;
 use super::blocks::{BlockHasher, Checked};
 use super::codec::{Block, Codec};
 use super::coder::Coder;
+use super::manifest::QuantiserError;
 use super::manifest::{AFTER_ROOT, HASH_DIGITS, Manifest};
 use super::quantizer::RowKind;
-use super::record::{QuantisationError, RecordShape};
+use super::record::RecordShape;
 use super::record_tests::{Random, coder_of, sample, shape_of};
 use super::shard::TensorIndex;
 use super::walk::Workspace;
@@ -71,7 +72,7 @@ fn any_record_is_an_error_or_a_block() {
     for case in 0..cases() {
         let (shape, kind, coder) = &shapes[case % shapes.len()];
         let (sequence, targets) = sample((case / 64) as u64, shape, *kind, case % 3 > 0);
-        let (mut records, mut error) = ([vec![], vec![]], QuantisationError::default());
+        let (mut records, mut error) = ([vec![], vec![]], QuantiserError::default());
         packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut error);
         compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut records[1], &mut error);
         for record in records.map(|record| damage(&record, &mut random)) {
@@ -103,7 +104,7 @@ fn any_coder_is_an_error_or_decodes() {
         let tensor = |name: &str| tensors.iter().find(|tensor| tensor.0 == name).map(|tensor| tensor.1.clone());
         let Ok(changed) = Coder::from_tensors(tensor, VOCAB) else { continue };
         let (sequence, targets) = sample(case as u64, shape, *kind, true);
-        let (mut record, mut error, mut block) = (vec![], QuantisationError::default(), Block::default());
+        let (mut record, mut error, mut block) = (vec![], QuantiserError::default(), Block::default());
         compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut record, &mut error);
         let _ = compact::decode_sequence(&record, shape, &changed, &mut space, &mut block);
         assert_bounded(&block, shape);

@@ -7,7 +7,6 @@ use serde::{Deserialize, Serialize};
 
 use super::DAMAGED;
 use super::location::is_url;
-use super::record::QuantisationError;
 use super::settings::{CacheSettings, Selection};
 use super::shard;
 use super::source::{CacheFiles, LocalFiles, read_whole};
@@ -119,11 +118,12 @@ impl Counts {
     }
 }
 
-/// How far what is stored is from what the teacher gave: sums and maxima over valid rows and temperatures.
+/// How far what is stored is from what the teacher gave: sums and maxima over valid rows, at the first temperature.
+/// Divergences are left 0 where ids were drawn.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantiserError {
-    /// Rows times temperatures that were measured.
+    /// Rows that were measured.
     pub rows: u64,
     /// Divergence of the stored from the given distribution over kept ids and tail, in nats: sum and largest.
     pub kl_sum: f64,
@@ -138,19 +138,6 @@ pub struct QuantiserError {
 }
 
 impl QuantiserError {
-    pub(crate) fn of(error: &QuantisationError) -> QuantiserError {
-        QuantiserError {
-            rows: error.rows,
-            // JSON has no infinity.
-            kl_sum: error.divergence_sum.min(f64::MAX),
-            kl_max: error.divergence_max.min(f64::MAX),
-            squared_error: error.squared_error,
-            squared_norm: error.squared_norm,
-            tail_max: error.tail_max,
-            label_max: error.label_max,
-        }
-    }
-
     /// Of both together. Sums of floats depend on their order: add shards in theirs.
     pub fn joined(self, other: QuantiserError) -> QuantiserError {
         QuantiserError {

@@ -4,10 +4,10 @@
 
 use super::bits::{BitReader, BitWriter, width_of};
 use super::codec::Block;
+use super::manifest::QuantiserError;
 use super::quantizer::{HALVINGS, RowKind, TAIL_CODES};
 use super::record::{
-    QuantisationError, QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs,
-    segment_step,
+    QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs, segment_step,
 };
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
 
@@ -30,7 +30,7 @@ pub(crate) fn encode_sequence(
     targets: Option<&SparseTargets>,
     shape: &RecordShape,
     out: &mut Vec<u8>,
-    error: &mut QuantisationError,
+    error: &mut QuantiserError,
 ) {
     check(sequence, targets, shape);
     let mut bits = BitWriter::new(out);
@@ -56,7 +56,7 @@ fn encode_rows(
     shape: &RecordShape,
     id_bits: u32,
     bits: &mut BitWriter<'_>,
-    error: &mut QuantisationError,
+    error: &mut QuantiserError,
 ) {
     let rows = || (0..shape.seq_len).filter(|row| sequence.is_valid(*row));
     let count = |row: usize| targets.offsets[row + 1] - targets.offsets[row];

@@ -6,6 +6,7 @@
 
 use super::codec::Block;
 use super::exact_math::{exp, ln};
+use super::manifest::QuantiserError;
 use super::quantizer::{LABEL_NOTHING, Quantiser, RowKind, label_code, label_of, tail_code};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
 
@@ -55,35 +56,6 @@ impl RecordShape {
     }
 }
 
-/// What quantising cost, summed over rows (and then over sequences, with [`QuantisationError::add`]).
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct QuantisationError {
-    /// Rows that were quantised.
-    pub rows: u64,
-    /// Divergence of the decoded from the original over the kept ids and the tail, in nats; 0 for sampled rows.
-    pub divergence_sum: f64,
-    pub divergence_max: f64,
-    /// Squared error of the kept probabilities, and their squares.
-    pub squared_error: f64,
-    pub squared_norm: f64,
-    /// Largest error of a tail, as a probability.
-    pub tail_max: f64,
-    /// Largest error of a label's log-probability, in nats.
-    pub label_max: f64,
-}
-
-impl QuantisationError {
-    pub fn add(&mut self, other: &QuantisationError) {
-        self.rows += other.rows;
-        self.divergence_sum += other.divergence_sum;
-        self.divergence_max = self.divergence_max.max(other.divergence_max);
-        self.squared_error += other.squared_error;
-        self.squared_norm += other.squared_norm;
-        self.tail_max = self.tail_max.max(other.tail_max);
-        self.label_max = self.label_max.max(other.label_max);
-    }
-}
-
 /// One row in whole numbers, in the order in which it is decoded: best level first, ids rising within a level.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct QuantisedRow {
@@ -109,7 +81,7 @@ impl QuantisedRow {
         targets: &SparseTargets,
         row: usize,
         label: u32,
-        error: &mut QuantisationError,
+        error: &mut QuantiserError,
     ) {
         self.clear();
         let kept = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
@@ -134,7 +106,7 @@ impl QuantisedRow {
         targets: &SparseTargets,
         row: usize,
         label: u32,
-        error: &mut QuantisationError,
+        error: &mut QuantiserError,
     ) {
         error.rows += 1;
         let original = &targets.captures[0];
@@ -168,8 +140,8 @@ impl QuantisedRow {
             divergence += left * (before - after);
         }
         error.tail_max = error.tail_max.max((left - right).abs());
-        error.divergence_sum += divergence;
-        error.divergence_max = error.divergence_max.max(divergence);
+        error.kl_sum += divergence;
+        error.kl_max = error.kl_max.max(divergence);
     }
 
     /// Into the order of decoding.

@@ -5,8 +5,9 @@ use proptest::prelude::*;
 use super::calibrate::CalibrationSettings;
 use super::codec::Block;
 use super::coder::Coder;
+use super::manifest::QuantiserError;
 use super::quantizer::RowKind;
-use super::record::{QuantisationError, RecordShape};
+use super::record::RecordShape;
 use super::walk::Workspace;
 use super::{compact, packed};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
@@ -132,7 +133,7 @@ fn assert_legal(block: &Block) {
 fn check_roundtrip(seed: u64, shape: &RecordShape, kind: RowKind, sane: bool, coder: &Coder) {
     let (sequence, targets) = sample(seed, shape, kind, sane);
     let mut space = Workspace::new(shape.vocab_size);
-    let (mut errors, mut blocks) = ([QuantisationError::default(); 2], [Block::default(), Block::default()]);
+    let (mut errors, mut blocks) = ([QuantiserError::default(); 2], [Block::default(), Block::default()]);
     let mut records = [vec![], vec![]];
     packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut errors[0]);
     compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut records[1], &mut errors[1]);
@@ -187,7 +188,7 @@ fn tokens_alone_are_a_record_too() {
     let mut space = Workspace::new(50);
     for sequence in &sequences {
         let (mut records, mut blocks) = ([vec![], vec![]], [Block::default(), Block::default()]);
-        let mut error = QuantisationError::default();
+        let mut error = QuantiserError::default();
         packed::encode_sequence(sequence, None, &shape, &mut records[0], &mut error);
         compact::encode_sequence(sequence, None, &shape, &coder, &mut space, &mut records[1], &mut error);
         packed::decode_sequence(&records[0], &shape, &mut blocks[0]).unwrap();
@@ -256,7 +257,7 @@ proptest! {
             let (shape, kind, coder) = &coders[kind as usize];
             decode_both(&noise, shape, coder);
             let (sequence, targets) = sample(seed, shape, *kind, true);
-            let (mut space, mut error) = (Workspace::new(50), QuantisationError::default());
+            let (mut space, mut error) = (Workspace::new(50), QuantiserError::default());
             let mut records = [vec![], vec![]];
             packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut error);
             compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut records[1], &mut error);

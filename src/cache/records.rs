@@ -14,7 +14,6 @@ use super::codec::{Block, Codec, Coder as CodecCoder, Encoded, Shape};
 use super::coder::Coder;
 use super::compact::RecordParts;
 use super::manifest::QuantiserError;
-use super::record::QuantisationError;
 use super::settings::CacheSettings;
 use super::shard::{TensorBytes, TensorIndex, Tensors};
 use super::walk::Workspace;
@@ -71,11 +70,11 @@ pub(crate) fn read_coder(settings: &CacheSettings, bytes: &[u8]) -> Result<Coder
 
 pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: Option<&CodecCoder>) -> Encoded<'a> {
     let record_shape = shape.record();
-    let encoded: Vec<(Vec<u8>, QuantisationError)> = (0..shape.sequences)
+    let encoded: Vec<(Vec<u8>, QuantiserError)> = (0..shape.sequences)
         .into_par_iter()
         .map(|number| {
             let (sequence, targets) = block.sequence(number, shape.seq_len);
-            let (mut record, mut error) = (vec![], QuantisationError::default());
+            let (mut record, mut error) = (vec![], QuantiserError::default());
             let targets = targets.as_ref();
             match (codec, coder) {
                 (Codec::Compact, Some(CodecCoder::Compact(coder))) => with_workspace(shape.vocab_size, |space| {
@@ -88,13 +87,15 @@ pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: O
         })
         .collect();
     let mut offsets = vec![0u64];
-    let (mut records, mut error) = (vec![], QuantisationError::default());
+    let (mut records, mut error) = (vec![], QuantiserError::default());
     // In the order of the sequences, so that the sums do not depend on the threads.
     for (record, lost) in &encoded {
         records.extend_from_slice(record);
         offsets.push(records.len() as u64);
-        error.add(lost);
+        error = error.joined(*lost);
     }
+    // JSON has no infinity.
+    (error.kl_sum, error.kl_max) = (error.kl_sum.min(f64::MAX), error.kl_max.min(f64::MAX));
     let offsets: Vec<u8> = offsets.into_iter().flat_map(u64::to_le_bytes).collect();
     let tensors = vec![
         TensorBytes {
@@ -105,7 +106,7 @@ pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: O
         },
         TensorBytes { name: RECORDS.into(), dtype: Dtype::U8, shape: vec![records.len()], bytes: Cow::Owned(records) },
     ];
-    let error = shape.temperatures.is_some().then(|| QuantiserError::of(&error));
+    let error = shape.temperatures.is_some().then_some(error);
     Encoded { tensors, error }
 }
 
