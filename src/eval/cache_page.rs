@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::cache::{self, Manifest, Summary};
-use crate::eval::chart::{HistogramChart, escape};
+use crate::eval::chart::escape;
 use crate::eval::page;
 use crate::eval::report::{Fact, Histogram};
 use crate::quantity::{NONE, decimal, percent, short_bytes, short_percent, thousands};
@@ -75,16 +75,7 @@ fn split(page: &mut String, manifest: &Manifest, summary: &Summary) {
     page.push_str("<div class=\"grid\">\n");
     parts(page, summary);
     page::facts(page, &origin(manifest, summary));
-    for histogram in histograms(summary) {
-        let chart = HistogramChart {
-            title: &histogram.title,
-            x_label: &histogram.x_label,
-            edges: &histogram.edges,
-            counts: &histogram.counts,
-            note: "",
-        };
-        let _ = writeln!(page, "<div class=\"card\">{}</div>", chart.figure());
-    }
+    page::histogram_cards(page, &histograms(summary));
     page.push_str("</div>\n</section>\n");
 }
 

@@ -5,7 +5,7 @@
 use std::fmt::Write as _;
 
 use crate::eval::chart::{self, Color, HeatMap, HistogramChart, Level, LineChart, Series, Stroke, escape, smoothed};
-use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Report, Role, Winner};
+use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Histogram, Report, Role, Winner};
 use crate::quantity::{NONE, clock, decimal, percent, short_bytes, short_count, thousands};
 
 const STYLE: &str = include_str!("page.css");
@@ -249,7 +249,13 @@ fn cache(page: &mut String, report: &Report) {
     if let Some(cache) = &report.cache {
         facts(page, &cache_facts(cache));
     }
-    for histogram in &report.histograms {
+    histogram_cards(page, &report.histograms);
+    page.push_str("</div>\n</section>\n");
+}
+
+/// A card with a picture for each histogram.
+pub(super) fn histogram_cards(page: &mut String, histograms: &[Histogram]) {
+    for histogram in histograms {
         let chart = HistogramChart {
             title: &histogram.title,
             x_label: &histogram.x_label,
@@ -259,7 +265,6 @@ fn cache(page: &mut String, report: &Report) {
         };
         let _ = writeln!(page, "<div class=\"card\">{}</div>", chart.figure());
     }
-    page.push_str("</div>\n</section>\n");
 }
 
 fn cache_facts(cache: &CacheFacts) -> Vec<Fact> {
