@@ -39,18 +39,15 @@ pub fn run(args: &CacheArgs) -> Result<()> {
 fn convert(args: &CacheConvertArgs) -> Result<()> {
     let input = CacheReader::open(&args.input)?;
     let before = &input.manifest().settings.codec;
-    let selection = match (args.theta, args.cap) {
-        (None, None) => None,
-        (theta, cap) => {
-            let (kept, usual) = (input.manifest().settings.soft_targets.as_ref(), Selection::default().most_ids());
-            let theta = theta.unwrap_or(match kept.map(|kept| &kept.selection) {
-                Some(Selection::MinProb { theta, .. }) => *theta,
-                _ => 1e-3,
-            });
-            let cap = cap.unwrap_or(kept.map_or(usual, |kept| kept.selection.most_ids().min(usual)));
-            Some(Selection::MinProb { theta, cap })
+    let kept = input.manifest().settings.soft_targets.as_ref().map(|targets| &targets.selection);
+    let selection = kept.filter(|_| args.theta.is_some() || args.cap.is_some()).map(|kept| {
+        let cap = args.cap.unwrap_or(kept.most_ids());
+        match (args.theta, kept) {
+            (Some(theta), _) => Selection::MinProb { theta, cap },
+            (None, Selection::MinProb { theta, .. }) => Selection::MinProb { theta: *theta, cap },
+            (None, _) => Selection::TopK { k: cap },
         }
-    };
+    });
     let conversion = Conversion { codec: args.codec, levels: args.levels, selection };
     let manifest = cache::convert(&input, &args.output, &conversion)?;
     let bytes = |manifest: &Manifest| {

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use cache_samples::{sample, settings, write};
-use limbeck::cache::{CacheReader, Codec, Conversion, convert, write_whole};
+use limbeck::cache::{CacheReader, Codec, Conversion, Selection, convert, write_whole};
 use limbeck::fidelity;
 use serde_json::Value;
 use small_run::{SmallRun, limbeck};
@@ -62,6 +62,23 @@ fn the_program_converts_and_refuses_unknown_codecs() {
     let outcome = limbeck(&words(&["cache", "convert", &path("from"), &path("to"), "--codec", "zip"]));
     assert_eq!(outcome.code, 2);
     assert!(outcome.stderr.contains("unknown variant `zip`, expected "), "{}", outcome.stderr);
+}
+
+#[test]
+fn what_is_not_said_of_a_narrower_selection_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    write(Path::new(&path("top_k")), &settings(6, 3, &[1.0]), 4);
+    let narrowed = |from: &str, to: &str, flags: &[&str]| {
+        let (from, to) = (path(from), path(to));
+        let arguments = [&["cache", "convert", &from, &to, "--codec", "raw"], flags].concat();
+        let outcome = limbeck(&words(&arguments));
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
+        CacheReader::open(to).unwrap().manifest().settings.soft_targets.clone().unwrap().selection
+    };
+    assert_eq!(narrowed("top_k", "fewer", &["--cap", "2"]), Selection::TopK { k: 2 });
+    assert_eq!(narrowed("top_k", "likely", &["--theta", "0.01"]), Selection::MinProb { theta: 0.01, cap: 4 });
+    assert_eq!(narrowed("likely", "both", &["--cap", "3"]), Selection::MinProb { theta: 0.01, cap: 3 });
 }
 
 #[test]
