@@ -84,20 +84,14 @@ mod tests {
 
     /// The coder learns from 30 tokens: four shards of two sequences of four.
     fn settings() -> CacheSettings {
-        CacheSettings {
-            split: "train".into(),
-            data_fingerprint: "d".into(),
-            tokenizer: TokenizerIdentity { fingerprint: "t".into(), vocab_size: 40 },
-            seq_len: 4,
-            sequences_per_shard: 2,
-            codec: Codec::Ranked,
-            levels: None,
-            soft_targets: Some(SoftTargetSettings {
-                teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
-                selection: Selection::TopK { k: 3 },
-                temperatures: vec![1.0],
-            }),
-        }
+        let mut settings = super::super::settings::tests::settings();
+        settings.tokenizer.vocab_size = 40;
+        settings.soft_targets = settings.soft_targets.map(|soft_targets| SoftTargetSettings {
+            selection: Selection::TopK { k: 3 },
+            temperatures: vec![1.0],
+            ..soft_targets
+        });
+        CacheSettings { seq_len: 4, codec: Codec::Ranked, ..settings }
     }
 
     fn sample(number: u64) -> (PackedSequence, SparseTargets) {

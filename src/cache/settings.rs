@@ -170,10 +170,10 @@ fn first_difference(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn settings() -> CacheSettings {
+    pub(in crate::cache) fn settings() -> CacheSettings {
         CacheSettings {
             split: "train".into(),
             data_fingerprint: "d".into(),
