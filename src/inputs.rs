@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
+    cache::{CacheReader, Expectation},
     checkpoint::CheckpointReader,
     data::{DataConfig, HeldOut},
     durable,
@@ -47,7 +48,10 @@ impl Inputs {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
         }
-        let teacher_vocab = teacher.as_ref().map(|teacher| teacher.vocab_size);
+        let teacher_vocab = match &recipe.cache.train {
+            Some(cache) => Some(captured_vocabulary(cache, &tokenizer)?),
+            None => teacher.as_ref().map(|teacher| teacher.vocab_size),
+        };
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;
         let mut plan = Plan::new(recipe, options)?;
         plan.set_models(size(&student), teacher.as_ref().map(size));
@@ -108,6 +112,12 @@ impl Inputs {
         };
         self.tokenizer.files().into_iter().map(read).collect()
     }
+}
+
+/// The size of the vocabulary of a finished cache, whose token ids must be the tokenizer's.
+fn captured_vocabulary(cache: &Path, tokenizer: &Tokenizer) -> Result<usize> {
+    let expectation = Expectation { tokenizer_fingerprint: Some(tokenizer.fingerprint()), ..Expectation::default() };
+    Ok(CacheReader::open_expecting(cache, &expectation)?.manifest().settings.tokenizer.vocab_size)
 }
 
 /// The held-out share that the run directory's plan has for the same data. So documents stay on their side of the split

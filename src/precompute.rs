@@ -66,6 +66,9 @@ pub fn run_part(recipe: &Recipe, options: &RunOptions) -> Result<Precomputed> {
 
 /// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
 pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
+    if recipe.cache.train.is_some() {
+        return open(inputs);
+    }
     let mut caches = vec![];
     for (dir, filled) in fill_part(recipe, inputs, options)? {
         match filled {
@@ -90,6 +93,13 @@ enum Filled {
 
 /// Fills this writer's part of the training and, if there is one, the held-out side.
 fn fill_part(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Vec<(PathBuf, Filled)>> {
+    if recipe.cache.train.is_some() {
+        return Err(Error::Recipe {
+            path: recipe.path().to_path_buf(),
+            problem: "`cache.train` names a finished cache, so there is nothing to compute".into(),
+            tip: "train on it, with `limbeck distill`".into(),
+        });
+    }
     // First what costs nothing: the share that is held out may take a reading of all the text, and the teacher's
     // fingerprint one of all its weights.
     inputs.check_text(recipe)?;
@@ -101,6 +111,11 @@ fn fill_part(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Resu
 
 /// The caches as a finished run left them, without computing anything.
 pub fn open(inputs: &Inputs) -> Result<Caches> {
+    let captured = &inputs.plan.recipe.cache;
+    if let Some(train) = &captured.train {
+        let held_out = captured.held_out.as_ref().map(CacheReader::open).transpose()?;
+        return Ok(Caches { train: CacheReader::open(train)?, held_out });
+    }
     let expectation = Expectation {
         tokenizer_fingerprint: Some(inputs.tokenizer.fingerprint()),
         seq_len: Some(inputs.data.seq_len),
