@@ -2,7 +2,7 @@
 //! of several writers.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 
@@ -136,6 +136,8 @@ struct Filler<'a> {
     /// Loaded when the first missing target asks for it.
     teacher: Option<ResidentTeacher>,
     token_bytes: Vec<u32>,
+    /// Time that went into encoding and writing the split that is being filled.
+    writing: Duration,
 }
 
 impl<'a> Filler<'a> {
@@ -165,6 +167,7 @@ impl<'a> Filler<'a> {
             soft_targets,
             teacher: None,
             token_bytes: inputs.tokenizer.token_byte_lengths(),
+            writing: Duration::ZERO,
         })
     }
 
@@ -187,11 +190,18 @@ impl<'a> Filler<'a> {
             cache.expect_settings(&settings)?;
             return Ok((dir, Filled::Whole(Box::new(cache))));
         }
+        let began = Instant::now();
+        self.writing = Duration::ZERO;
         let mut writer = CacheWriter::create_or_resume(&dir, settings, self.options.part)?;
         if !writer.is_finished() {
             self.write(split, &dir, loader, &mut writer)?;
         }
-        let filled = match writer.finish_part()? {
+        let finishing = Instant::now();
+        let outcome = writer.finish_part()?;
+        let (writing, whole) = (self.writing + finishing.elapsed(), began.elapsed());
+        let share = 100.0 * writing.as_secs_f64() / whole.as_secs_f64();
+        tracing::debug!("{}: {share:.2}% of {:.1} s went into writing", dir.display(), whole.as_secs_f64());
+        let filled = match outcome {
             Outcome::Missing(missing) => Filled::Part(missing),
             Outcome::Finished(manifest) => {
                 tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
@@ -309,10 +319,12 @@ impl<'a> Filler<'a> {
                     Some(_) => self.targets(split, reuse, &sequences, next)?,
                     None => vec![None; sequences.len()],
                 };
+                let began = Instant::now();
                 for (sequence, targets) in sequences.into_iter().zip(targets) {
                     let bytes = self.text_bytes(&sequence);
                     writer.push(sequence, targets, bytes)?;
                 }
+                self.writing += began.elapsed();
                 progress.advance(count * seq_len);
             }
             // Fewer than were asked for, or the loader ended before it came there.
