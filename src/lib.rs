@@ -58,6 +58,7 @@ pub mod data;
 pub mod distill;
 mod durable;
 pub mod error;
+pub mod estimate;
 pub mod eval;
 pub mod fidelity;
 pub mod import;

@@ -65,11 +65,12 @@ fn with_recipe() -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 18] = [
+    let commands: [&[&str]; 19] = [
         &[],
         &["precompute-teacher-logits"],
         &["distill"],
         &["evaluate"],
+        &["plan"],
         &["inspect"],
         &["cache"],
         &["cache", "convert"],
