@@ -56,6 +56,9 @@ const FIT_ROWS: usize = 12_000;
 const FIT_PASSES: usize = 2;
 /// Contexts that occurred less often share a table.
 const LEAST_COUNT: u64 = 48;
+/// What a table must save, in bits of the sample, to be kept apart from the one it is most like: what it costs itself, and
+/// that all tables together should fit a near cache.
+const TABLE_BITS: f64 = 2000.0;
 /// Parts of the sample that are left out of the lists in turn.
 const FOLDS: usize = 4;
 
@@ -301,20 +304,116 @@ fn tables_of(counts: &[[u32; 256]]) -> Tables {
     for (number, start) in context::KINDS.iter().enumerate() {
         let end = context::KINDS.get(number + 1).copied().unwrap_or(counts.len());
         let pooled = tables.len() as u16;
-        let mut pool = [0u32; 256];
-        for symbol in 0..256 {
-            pool[symbol] = counts[*start..end].iter().map(|counts| counts[symbol]).sum();
-        }
-        tables.push(Table::from_counts(&pool));
-        for context in *start..end {
-            let total: u64 = counts[context].iter().map(|count| u64::from(*count)).sum();
-            by_context[context] = if total < LEAST_COUNT {
-                pooled
-            } else {
-                tables.push(Table::from_counts(&counts[context]));
-                (tables.len() - 1) as u16
-            };
+        tables.push(Table::from_counts(&sum_of(&counts[*start..end])));
+        by_context[*start..end].fill(pooled);
+        let often: Vec<usize> = (*start..end).filter(|context| total_of(&counts[*context]) >= LEAST_COUNT).collect();
+        for group in alike(often.iter().map(|context| counts[*context]).collect()) {
+            let of_group: Vec<[u32; 256]> = group.iter().map(|number| counts[often[*number]]).collect();
+            group.iter().for_each(|number| by_context[often[*number]] = tables.len() as u16);
+            tables.push(Table::from_counts(&sum_of(&of_group)));
         }
     }
     Tables::new(tables, by_context)
+}
+
+fn total_of(counts: &[u32; 256]) -> u64 {
+    counts.iter().map(|count| u64::from(*count)).sum()
+}
+
+fn sum_of(counts: &[[u32; 256]]) -> [u32; 256] {
+    std::array::from_fn(|symbol| counts.iter().map(|counts| counts[symbol]).sum())
+}
+
+/// Groups contexts that are so alike that one table for two of them costs the sample less than [`TABLE_BITS`]: the
+/// two that cost least first.
+fn alike(counts: Vec<[u32; 256]>) -> Vec<Vec<usize>> {
+    let symbols =
+        (0..256).rev().find(|symbol| counts.iter().any(|counts| counts[*symbol] > 0)).map_or(0, |last| last + 1);
+    // A count's share of what its context costs, in bits.
+    let most = counts.iter().map(total_of).sum::<u64>();
+    let known: Vec<f64> = (0..most.min(1 << 16)).map(count_bits).collect();
+    let bits_of = |count: u64| known.get(count as usize).copied().unwrap_or_else(|| count_bits(count));
+    struct Group {
+        members: Vec<usize>,
+        counts: [u32; 256],
+        /// Without the share of the total.
+        bits: f64,
+        total: u64,
+    }
+    let cost = |group: &Group| bits_of(group.total) - group.bits;
+    let mut groups: Vec<Option<Group>> = counts
+        .into_iter()
+        .enumerate()
+        .map(|(number, counts)| {
+            let bits = counts.iter().map(|count| bits_of(u64::from(*count))).sum();
+            Some(Group { members: vec![number], counts, bits, total: total_of(&counts) })
+        })
+        .collect();
+    let loss = |left: &Group, right: &Group| {
+        let both = left.counts[..symbols].iter().zip(&right.counts[..symbols]);
+        let bits: f64 = both.map(|(left, right)| bits_of(u64::from(left + right))).sum();
+        bits_of(left.total + right.total) - bits - cost(left) - cost(right)
+    };
+    // Of each group: the later one that it is most like.
+    let nearest = |groups: &[Option<Group>], number: usize| -> Option<(f64, usize)> {
+        let group = groups[number].as_ref()?;
+        let later = groups.iter().enumerate().skip(number + 1);
+        later
+            .filter_map(|(other, later)| Some((loss(group, later.as_ref()?), other)))
+            .min_by(|left, right| left.0.total_cmp(&right.0))
+    };
+    let mut best: Vec<Option<(f64, usize)>> = (0..groups.len()).map(|number| nearest(&groups, number)).collect();
+    loop {
+        let pairs =
+            best.iter().enumerate().filter_map(|(number, best)| best.map(|(loss, other)| (loss, number, other)));
+        let Some((least, first, second)) = pairs.min_by(|left, right| left.0.total_cmp(&right.0)) else { break };
+        if least > TABLE_BITS {
+            break;
+        }
+        let (Some(left), Some(right)) = (groups[first].take(), groups[second].take()) else { break };
+        let counts = sum_of(&[left.counts, right.counts]);
+        groups[first] = Some(Group {
+            members: [left.members, right.members].concat(),
+            counts,
+            bits: counts.iter().map(|count| bits_of(u64::from(*count))).sum(),
+            total: left.total + right.total,
+        });
+        best[second] = None;
+        for number in 0..groups.len() {
+            if number == first || best[number].is_some_and(|(_, other)| other == first || other == second) {
+                best[number] = nearest(&groups, number);
+            } else if let (Some((before, _)), true) = (best[number], number < first)
+                && let (Some(group), Some(joined)) = (&groups[number], &groups[first])
+            {
+                let loss = loss(group, joined);
+                if loss < before {
+                    best[number] = Some((loss, first));
+                }
+            }
+        }
+    }
+    groups.into_iter().flatten().map(|group| group.members).collect()
+}
+
+/// `count * log2(count)`.
+fn count_bits(count: u64) -> f64 {
+    if count == 0 { 0.0 } else { count as f64 * ln(count as f64) / std::f64::consts::LN_2 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_that_are_alike_share_a_table() {
+        let counts = |pairs: &[(usize, u32)]| {
+            let mut counts = [0; 256];
+            pairs.iter().for_each(|(symbol, count)| counts[*symbol] = *count);
+            counts
+        };
+        let (left, right) = (counts(&[(1, 9000), (2, 1000)]), counts(&[(1, 1000), (2, 9000)]));
+        let nearly_left = counts(&[(1, 900), (2, 110)]);
+        assert_eq!(alike(vec![left, right, nearly_left, right]), [vec![0, 2], vec![1, 3]]);
+        assert_eq!(alike(vec![]), Vec::<Vec<usize>>::new());
+    }
 }

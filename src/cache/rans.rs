@@ -399,6 +399,29 @@ mod tests {
         Table::from_counts(&all)
     }
 
+    #[test]
+    fn each_slot_is_the_symbols_that_the_documentation_gives_it_to() {
+        // 16 buckets of 64 slots. Frequencies: symbol 3 has 700, 5 has 20, 9 has 64, and the escape 240.
+        let mut frequencies = [0; 256];
+        (frequencies[3], frequencies[5], frequencies[9], frequencies[255]) = (700, 20, 64, 240);
+        let (mut buckets, mut slots) = (vec![], vec![]);
+        let width_bits = Table { frequencies }.divide(&mut buckets, &mut slots);
+        assert_eq!((width_bits, buckets.len(), slots.len()), (6, 16, 1024));
+        let found: Vec<_> = (0..1024).map(|slot| buckets[slot as usize >> 6].find(slot, 6)).collect();
+        // 3 fills up the buckets of 5 and, in turn, of nobody; 9 needs no help.
+        assert_eq!(found[0], (3, 700, 0));
+        assert_eq!((found[64].0, found[83].0, found[84].0), (5, 5, 3));
+        assert!(found[128..192].iter().all(|found| found.0 == 9));
+        let mut numbers = [0; 256];
+        for (slot, (symbol, frequency, number)) in found.into_iter().enumerate() {
+            let place = symbol as usize;
+            assert_eq!((frequency, number), (u32::from(frequencies[place]), numbers[place]), "slot {slot}");
+            let start: u16 = frequencies[..place].iter().sum();
+            assert_eq!(slots[usize::from(start) + number as usize], slot as u16);
+            numbers[place] += 1;
+        }
+    }
+
     proptest! {
         #[test]
         fn symbols_and_raw_bits_come_back(

@@ -33,6 +33,12 @@ pub(crate) struct Workspace {
     keys: Vec<u64>,
 }
 
+impl std::fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workspace").finish_non_exhaustive()
+    }
+}
+
 impl Workspace {
     pub(crate) fn new(shape: &RecordShape, model: &Model) -> Self {
         Workspace {
@@ -290,8 +296,7 @@ impl<'a, D: Direction> Walk<'a, D> {
         let kept_before = before.map(|row| self.space.history.kept(row));
         let count_context =
             context::COUNT + kept_before.map_or(0, |kept| 1 + class_of(kept.len() as u32).0.min(20) as usize);
-        let top_before =
-            kept_before.and_then(|kept| kept.first()).map(|hint| self.model.order[hint.place() as usize]);
+        let top_before = kept_before.and_then(|kept| kept.first()).map(|hint| self.model.order[hint.place() as usize]);
         let before_agrees = top_before.map_or(0, |top| 1 + usize::from(top == label));
         let top_before = top_before.filter(|top| *top != label);
         let count = self.direction.number(count_context, row.ids.len() as u32) as usize;
@@ -564,13 +569,7 @@ impl Others<'_> {
 
     /// The level of an id, and what follows from it.
     #[inline(always)]
-    fn id<D: Direction>(
-        &mut self,
-        direction: &mut D,
-        context: usize,
-        place: u32,
-        left: &mut Left,
-    ) -> Option<String> {
+    fn id<D: Direction>(&mut self, direction: &mut D, context: usize, place: u32, left: &mut Left) -> Option<String> {
         let written =
             if D::WRITES { self.levels[std::mem::take(&mut self.kept[place as usize]) as usize - 1] } else { 0 };
         let level = coded_level(direction, self.scale, context, written);
