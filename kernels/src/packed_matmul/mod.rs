@@ -8,6 +8,7 @@
 //! Weights are laid out once, for this and nothing else: panels of [`PANEL`] output columns, inside of which all
 //! columns of one k lie together. Those that are exact in bfloat16 take two bytes each; widening them is exact.
 
+mod host;
 mod instructions;
 mod pack;
 mod tiles;
@@ -18,6 +19,7 @@ mod avx2;
 mod avx512;
 mod plain;
 
+pub use host::{grouped, linear, rows};
 pub use instructions::Instructions;
 pub use pack::{Element, Order};
 pub use tiles::{K_BLOCK, PANEL};

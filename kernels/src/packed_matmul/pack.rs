@@ -8,6 +8,9 @@ use super::{
     tiles::{Line, PANEL},
 };
 
+/// Bytes that a thread looks at at once.
+const PIECE: usize = 1 << 16;
+
 /// How the numbers of a tensor are stored, little-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
@@ -36,7 +39,6 @@ impl Element {
 
     /// Whether every number is exact in bfloat16.
     fn fits_bf16(self, bytes: &[u8]) -> bool {
-        const PIECE: usize = 1 << 16;
         let low_half_is_empty = |value: f32| value.to_bits() & 0xffff == 0;
         match self {
             Element::Bf16 => true,
@@ -47,6 +49,14 @@ impl Element {
                 piece.as_chunks::<2>().0.iter().all(|bytes| low_half_is_empty(f16::from_le_bytes(*bytes).to_f32()))
             }),
         }
+    }
+}
+
+impl Element {
+    /// Whether there is no NaN and no infinity among the numbers.
+    pub fn all_finite(self, bytes: &[u8]) -> bool {
+        let fine = |piece: &[u8]| (0..piece.len() / self.bytes()).all(|place| self.read(piece, place).is_finite());
+        bytes.par_chunks(PIECE).all(fine)
     }
 }
 
@@ -111,6 +121,40 @@ impl PackedMatrix {
     /// [`pack`](Self::pack) of numbers in memory.
     pub fn pack_f32(values: &[f32], order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
         Self::pack(bytemuck::cast_slice(values), Element::F32, order, inputs, outputs)
+    }
+}
+
+impl PackedMatrix {
+    /// The weights of one output, as they were before they were packed.
+    ///
+    /// # Shapes
+    /// - `row` `[inputs]`
+    pub fn row(&self, output: usize, row: &mut [f32]) {
+        assert_eq!(row.len(), self.inputs, "a place for each input");
+        let (panel, column) = (output / PANEL, output % PANEL);
+        match &self.panels {
+            Panels::F32(lines) => {
+                let lines = &lines[panel * self.inputs..][..self.inputs];
+                row.iter_mut().zip(lines).for_each(|(value, line)| *value = line.0[column]);
+            }
+            Panels::Bf16(lines) => {
+                let pairs = self.inputs.div_ceil(2);
+                for (values, line) in row.chunks_mut(2).zip(&lines[panel * pairs..][..pairs]) {
+                    let both = [line.0[column] << 16, line.0[column] & 0xffff_0000];
+                    values.iter_mut().zip(both).for_each(|(value, bits)| *value = f32::from_bits(bits));
+                }
+            }
+        }
+    }
+
+    /// All weights in f32.
+    ///
+    /// # Shapes
+    /// - result `[outputs, inputs]`
+    pub fn unpacked(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.outputs * self.inputs];
+        values.par_chunks_mut(self.inputs).enumerate().for_each(|(output, row)| self.row(output, row));
+        values
     }
 }
 
