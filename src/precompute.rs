@@ -380,7 +380,7 @@ impl<'a> Filler<'a> {
             let (Some(reader), Some(config)) = (&self.teacher_reader, &self.inputs.teacher) else {
                 unreachable!("soft targets come with a teacher");
             };
-            let model = Decoder::load(config.clone(), &CheckpointWeights::new(reader), &self.device)?;
+            let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), &self.device)?;
             let temperatures: Vec<f32> = self.recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
             self.teacher = Some(ResidentTeacher::new(model, selection.clone(), &temperatures)?);
         }

@@ -10,6 +10,7 @@ pub mod decoder;
 pub mod feed_forward;
 pub mod generate;
 pub mod layout;
+pub mod linear;
 pub mod llama;
 pub mod llama4;
 pub mod parameter;

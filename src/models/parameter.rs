@@ -1,14 +1,38 @@
 //! Where weights come from and how the trainer reaches them, by the names they have in checkpoints.
 
+use std::borrow::Cow;
+
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use limbeck_kernels::packed_matmul::Element;
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
-use crate::{checkpoint::CheckpointReader, error::Result};
+use crate::{
+    checkpoint::{CheckpointReader, Dtype},
+    error::Result,
+};
 
 /// Gives weights by name. Shapes are checked by the source.
 pub trait WeightSource {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+
+    /// The same numbers, if possible as they are stored.
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
+        self.load(name, shape).map(Stored::from)
+    }
+}
+
+/// The numbers of a tensor in some type, little-endian.
+pub struct Stored<'a> {
+    pub bytes: Cow<'a, [u8]>,
+    pub element: Element,
+}
+
+impl From<Vec<f32>> for Stored<'_> {
+    fn from(values: Vec<f32>) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Stored { bytes: Cow::Owned(bytes), element: Element::F32 }
+    }
 }
 
 /// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
@@ -28,6 +52,25 @@ impl<'a> CheckpointWeights<'a> {
 impl WeightSource for CheckpointWeights<'_> {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.reader.load_f32(&format!("{}{name}", self.prefix), shape)
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
+        let full_name = format!("{}{name}", self.prefix);
+        let info = self.reader.info(&full_name)?;
+        let element = match info.dtype {
+            Dtype::F32 => Some(Element::F32),
+            Dtype::Bf16 => Some(Element::Bf16),
+            Dtype::F16 => Some(Element::F16),
+            _ => None,
+        };
+        if let Some(element) = element.filter(|_| info.shape == shape) {
+            let bytes = self.reader.raw_bytes(&full_name)?;
+            if element.all_finite(bytes) {
+                return Ok(Stored { bytes: Cow::Borrowed(bytes), element });
+            }
+        }
+        // Other types are converted, and what is wrong is said, by the one reader of values.
+        self.load(name, shape).map(Stored::from)
     }
 }
 
