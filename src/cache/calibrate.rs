@@ -34,7 +34,7 @@ impl CalibrationSettings {
     /// everywhere, and long lists are worth their time.
     pub(crate) fn of_kind(kind: RowKind) -> Self {
         let list_length = match kind {
-            RowKind::Exact => 48,
+            RowKind::Exact => 40,
             RowKind::ThresholdSampled { .. } | RowKind::Sampled { .. } => 192,
         };
         CalibrationSettings { list_entries: 400_000, list_length }
