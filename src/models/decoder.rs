@@ -76,10 +76,10 @@ fn layer_prefix(index: usize) -> String {
 }
 
 impl Decoder {
-    /// Opens a checkpoint directory with all its weights. A tracked device makes the weights trainable.
-    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let reader = CheckpointReader::open(dir)?;
-        let config = read_config(&dir.join("config.json"), reader.config())?;
+    /// Opens a checkpoint with all its weights. A tracked device makes the weights trainable.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        let reader = CheckpointReader::open(path)?;
+        let config = read_config(reader.config_path(), reader.config())?;
         Self::load(config, &CheckpointWeights::new(&reader), device)
     }
 

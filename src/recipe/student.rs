@@ -19,7 +19,7 @@ impl Recipe {
         match (&self.student.checkpoint, &self.student.shape) {
             (Some(checkpoint), _) => {
                 let reader = CheckpointReader::open(checkpoint)?;
-                read_config(&checkpoint.join("config.json"), reader.config())
+                read_config(reader.config_path(), reader.config())
             }
             (None, Some(shape)) => shape.decoder(self, tokenizer),
             (None, None) => unreachable!("a checked recipe has a shape or a checkpoint"),
