@@ -23,7 +23,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         let problem = format!("--max-shard-bytes is `{}`", args.max_shard_bytes);
         return Err(Error::usage(problem, "give a number of bytes such as 500M or 5B"));
     };
-    let files = match Tokenizer::of_checkpoint(&args.checkpoint) {
+    let files = match Tokenizer::of_checkpoint(&args.checkpoint)? {
         Some(file) => Tokenizer::open(&file)?.files()?,
         None => vec![],
     };

@@ -2,6 +2,7 @@
 
 use limbeck::cache::is_url;
 use limbeck::checkpoint::is_gguf;
+use limbeck::hub::is_hub;
 use limbeck::inputs::Inputs;
 use limbeck::recipe::{Plan, Recipe};
 use limbeck::run::RunOptions;
@@ -19,6 +20,9 @@ pub fn run(args: &InspectArgs) -> Result<()> {
             return Err(Error::usage(problem, "use --set with recipes and --tensors with checkpoints only"));
         }
         return inspect_cache::run(args);
+    }
+    if is_hub(path) {
+        return inspect_checkpoint::run(args);
     }
     if !path.exists() {
         let problem = format!("there is nothing at {}", path.display());

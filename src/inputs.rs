@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use crate::{
-    checkpoint::CheckpointReader,
+    checkpoint::read_configuration,
     data::{DataConfig, HeldOut},
     durable,
     error::{Error, Result},
+    hub,
     models::{DecoderConfig, read_config},
     recipe::{ModelSize, Plan, Recipe},
     run::RunOptions,
@@ -39,8 +40,8 @@ impl Inputs {
         }
         let teacher = match &recipe.teacher {
             Some(section) => {
-                let reader = CheckpointReader::open(&section.checkpoint)?;
-                Some(read_config(reader.config_path(), reader.config())?)
+                let (path, config) = read_configuration(&section.checkpoint)?;
+                Some(read_config(&path, &config)?)
             }
             None => None,
         };
@@ -129,7 +130,7 @@ fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
 
 /// Refuses a path that leads nowhere, as the slip in the recipe that it is.
 fn check_path(recipe: &Recipe, key: &str, path: &Path, tip: &str) -> Result<()> {
-    if path.exists() {
+    if hub::is_hub(path) || path.exists() {
         return Ok(());
     }
     Err(recipe.error(key, format!("is {}, which does not exist", path.display()), tip))
@@ -138,7 +139,7 @@ fn check_path(recipe: &Recipe, key: &str, path: &Path, tip: &str) -> Result<()> 
 /// Refuses a tokenizer other than the one a model was made with: its token ids would mean something else.
 fn check_tokenizers(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<()> {
     for (key, checkpoint) in checkpoints(recipe) {
-        let Some(own) = Tokenizer::of_checkpoint(checkpoint).filter(|own| own != tokenizer.path()) else { continue };
+        let Some(own) = Tokenizer::of_checkpoint(checkpoint)?.filter(|own| own != tokenizer.path()) else { continue };
         let own = match Tokenizer::open(&own) {
             // A vocabulary of a kind that is not read from there; the recipe names another in its place.
             Err(error @ Error::Config { .. }) => {

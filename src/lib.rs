@@ -60,6 +60,7 @@ mod durable;
 pub mod error;
 pub mod eval;
 pub mod fidelity;
+pub mod hub;
 pub mod import;
 pub mod inputs;
 pub mod loss;

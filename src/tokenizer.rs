@@ -13,6 +13,7 @@ mod gguf;
 use crate::checkpoint::{is_gguf, read_gguf};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,6 +64,7 @@ impl Tokenizer {
     /// # Errors
     /// The file is missing or malformed, or a file beside it names a document token that it does not have.
     pub fn open(path: &Path) -> Result<Tokenizer> {
+        let path = &hub::local(path, Wanted::Tokenizer)?;
         let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
         if !file.is_file() {
             let problem = if path.is_dir() { "this folder has no tokenizer.json" } else { "there is no such file" };
@@ -262,9 +264,13 @@ impl Tokenizer {
     }
 
     /// Where the tokenizer of a checkpoint is: beside its weights, or inside its GGUF file. None when it has none.
-    pub fn of_checkpoint(checkpoint: &Path) -> Option<PathBuf> {
-        let file = if is_gguf(checkpoint) { checkpoint.to_path_buf() } else { checkpoint.join("tokenizer.json") };
-        file.is_file().then_some(file)
+    ///
+    /// # Errors
+    /// It is on the hub, and cannot be had from there.
+    pub fn of_checkpoint(checkpoint: &Path) -> Result<Option<PathBuf>> {
+        let checkpoint = hub::local(checkpoint, Wanted::Tokenizer)?;
+        let file = if is_gguf(&checkpoint) { checkpoint } else { checkpoint.join("tokenizer.json") };
+        Ok(file.is_file().then_some(file))
     }
 
     /// Names and content of the tokenizer's files: what a checkpoint written with it has to carry along.

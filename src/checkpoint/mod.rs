@@ -45,7 +45,7 @@ mod writer;
 
 pub use dtype::{Dtype, StoredDtype, TensorInfo};
 pub use gguf::{GgufFile, Metadata, read_gguf};
-pub use open::is_gguf;
+pub use open::{is_gguf, read_configuration};
 pub use reader::CheckpointReader;
 pub use safetensors_file::{SafetensorsFile, read_safetensors};
 pub use safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};

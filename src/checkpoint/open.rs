@@ -16,6 +16,7 @@ use super::safetensors_file::read_safetensors;
 use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, gguf_models, hugging_face, index, meta, quantization};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 
 /// Configuration of a checkpoint as Meta publishes it.
 const PARAMS_FILE: &str = "params.json";
@@ -28,6 +29,7 @@ pub fn is_gguf(path: &Path) -> bool {
 }
 
 pub(super) fn open(path: &Path) -> Result<CheckpointReader> {
+    let path = &hub::local(path, Wanted::Everything)?;
     if path.is_file() && is_gguf(path) {
         return open_gguf(path);
     }
@@ -65,6 +67,24 @@ pub(super) fn open(path: &Path) -> Result<CheckpointReader> {
         hugging_face::present(&stored, quantization)?
     };
     Ok(CheckpointReader { config_path, config, stored_config, stored, tensors })
+}
+
+/// The configuration of a checkpoint in Hugging Face's words, and the file it is in. For a model on the hub that is all
+/// that is downloaded, unless its configuration is not said in one file.
+///
+/// # Errors
+/// As [`CheckpointReader::open`]; of a model on the hub no weights are looked at.
+pub fn read_configuration(path: &Path) -> Result<(PathBuf, Value)> {
+    if hub::is_hub(path) && !is_gguf(path) {
+        let config_path = hub::local(path, Wanted::Configuration)?.join(CONFIG_FILE);
+        if config_path.is_file() {
+            let mut config = durable::read_json_object(&config_path, "download it again", "download it again")?;
+            quantization::take(&config_path, &mut config)?;
+            return Ok((config_path, config));
+        }
+    }
+    let reader = CheckpointReader::open(path)?;
+    Ok((reader.config_path.clone(), reader.config.clone()))
 }
 
 fn open_gguf(path: &Path) -> Result<CheckpointReader> {

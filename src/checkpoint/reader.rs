@@ -30,9 +30,9 @@ pub struct CheckpointReader {
 impl CheckpointReader {
     /// Opens a checkpoint and checks all its headers; reads no weights.
     ///
-    /// It is a directory in Hugging Face layout, a directory with Meta's names (`params.json`, and safetensors), or a
-    /// GGUF file, of which a split model's first one is named. When both a single file and an index are there the single
-    /// file counts, as it does in `transformers`.
+    /// It is a directory in Hugging Face layout, a directory with Meta's names (`params.json`, and safetensors), a GGUF
+    /// file, of which a split model's first one is named, or the name of a model on the hub ([`crate::hub`]), which is
+    /// downloaded. When both a single file and an index are there the single file counts, as it does in `transformers`.
     ///
     /// # Errors
     /// A missing or malformed directory, configuration, index or shard; a quantisation, architecture or number type that
