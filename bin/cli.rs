@@ -179,7 +179,8 @@ pub enum WeightsFlag {
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A recipe, the directory of a cache, a checkpoint or a run, or the address of a cache
+    /// A recipe, the directory of a cache, a checkpoint or a run, a .gguf file, a model as hf:org/name, or the address of a
+    /// cache
     pub path: PathBuf,
 
     /// Override one key of the recipe, as in --set cache.top_k=32; may be given several times
@@ -430,7 +431,7 @@ pub struct TokenizerTrainArgs {
 
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// The text to continue
@@ -459,7 +460,7 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// Safetensors file with `input_ids`, i64 of shape [batch, sequence]
@@ -476,7 +477,7 @@ pub struct LogitsArgs {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// The directory to write

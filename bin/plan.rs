@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use limbeck::Result;
-use limbeck::checkpoint::CheckpointReader;
+use limbeck::checkpoint::read_configuration;
 use limbeck::estimate::{Forecast, Hardware, PRESETS, TeacherWork, WeightType, estimates, teacher_text};
 use limbeck::inputs::Inputs;
 use limbeck::models::llama4::shapes;
@@ -86,7 +86,7 @@ fn teacher(recipe: &Recipe, other: Option<&str>) -> Result<(String, DecoderConfi
         let tip = "give --teacher scout, maverick, behemoth, or the directory of a model";
         return Err(recipe.error("teacher.checkpoint", problem, tip));
     }
-    let reader = CheckpointReader::open(dir)?;
+    let (config_path, config) = read_configuration(dir)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok((name, read_config(&dir.join("config.json"), reader.config())?))
+    Ok((name, read_config(&config_path, &config)?))
 }

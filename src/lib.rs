@@ -61,6 +61,7 @@ pub mod error;
 pub mod estimate;
 pub mod eval;
 pub mod fidelity;
+pub mod hub;
 pub mod import;
 pub mod inputs;
 pub mod loss;

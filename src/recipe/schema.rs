@@ -71,7 +71,7 @@ pub struct DataSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherSection {
-    /// A Hugging Face model directory: config.json, safetensors, tokenizer.json.
+    /// A model directory, a GGUF file or a model on the hub.
     pub checkpoint: PathBuf,
     /// How the teacher is run. Default `resident`, the one mode of this version.
     #[serde(default)]
