@@ -254,9 +254,8 @@ fn parse(path: &Path, file: &[u8]) -> Result<(Map<String, Value>, BTreeMap<Strin
         }
     }
     places.sort();
-    if let Some([(.., previous), (start, _, name)]) =
-        places.array_windows().find(|[(_, end, _), (start, ..)]| start < end)
-    {
+    let mut neighbours = places.iter().zip(places.iter().skip(1));
+    if let Some(((.., previous), (start, _, name))) = neighbours.find(|((_, end, _), (start, ..))| start < end) {
         let problem = format!("its data starts at byte {start}, inside that of `{previous}`");
         return Err(tensor_error(path, name, problem, AGAIN));
     }

@@ -115,7 +115,7 @@ impl GgufModel<'_> {
         let heads = heads.ok_or_else(|| self.metadata.missing(&self.key("attention.head_count")))?;
         let key_heads = self.size_of_layers("attention.head_count_kv")?.unwrap_or(heads);
         let rotated = self.optional_size("rope.dimension_count")?;
-        let head_dim = self.optional_size("attention.key_length")?.or(rotated).or(hidden.checked_div(heads));
+        let head_dim = self.optional_size("attention.key_length")?.or(hidden.checked_div(heads));
         let head_dim = head_dim.ok_or_else(|| self.metadata.error(&self.key("attention.head_count"), "is 0", AGAIN))?;
         let partial = rotated.is_some_and(|rotated| rotated != head_dim);
         self.refuse("rope.dimension_count", partial, "turning a part of each head")?;
