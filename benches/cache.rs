@@ -27,6 +27,7 @@ fn settings(seq_len: usize, sequences_per_shard: usize, codec: Codec, has_target
         sequences_per_shard,
         codec,
         levels: None,
+        log_normalizer: None,
         soft_targets: has_targets.then(|| SoftTargetSettings {
             teacher: TeacherIdentity { name: "bench".into(), fingerprint: "bench".into(), dtype: "f32".into() },
             selection: Selection::TopK { k: KEPT },

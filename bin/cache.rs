@@ -48,7 +48,8 @@ fn convert(args: &CacheConvertArgs) -> Result<()> {
             (None, _) => Selection::TopK { k: cap },
         }
     });
-    let conversion = Conversion { codec: args.codec, levels: args.levels, selection };
+    let conversion =
+        Conversion { codec: args.codec, levels: args.levels, log_normalizer: args.log_normalizer, selection };
     let manifest = cache::convert(&input, &args.output, &conversion)?;
     let bytes = |manifest: &Manifest| {
         let bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();

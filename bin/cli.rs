@@ -254,6 +254,10 @@ pub struct CacheConvertArgs {
     #[arg(long, value_name = "COUNT")]
     pub levels: Option<u16>,
 
+    /// Whether to keep the log-sum-exp of the teacher's logits, 4 bytes for each prediction [default: with raw only]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub log_normalizer: Option<bool>,
+
     /// Keep only ids of at least this probability; the rest joins the tail
     #[arg(long, value_name = "PROBABILITY")]
     pub theta: Option<f64>,

@@ -229,6 +229,7 @@ impl<'a> Filler<'a> {
             sequences_per_shard: self.recipe.cache.sequences_per_shard,
             codec: self.recipe.cache.codec,
             levels: self.recipe.cache.levels,
+            log_normalizer: self.recipe.cache.log_normalizer,
             soft_targets: self
                 .soft_targets
                 .clone()

@@ -184,12 +184,73 @@ fn rounding_happens_once() {
     }
     // Both codecs write the same numbers when they round alike.
     let raw = CacheReader::open(path("Compact raw")).unwrap();
-    convert(&raw, &path("packed"), &Conversion { codec: Codec::Packed, levels: Some(128), selection: None }).unwrap();
+    convert(&raw, &path("packed"), &Conversion { codec: Codec::Packed, levels: Some(128), ..Default::default() })
+        .unwrap();
     let packed = CacheReader::open(path("packed")).unwrap();
     for number in 0..20 {
         let of = |cache: &CacheReader| cache.read(&[number]).unwrap().targets.unwrap();
         assert_same_bits(&of(&raw), &of(&packed));
     }
+}
+
+#[test]
+fn normalizers_are_kept_exactly_where_they_are_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let normalizer = |number: u64, row: usize| 20.0 + number as f32 / 3.0 - row as f32 * 0.7;
+    let write = |directory: &Path, settings: &CacheSettings| {
+        write_whole(directory, settings.clone(), |first| {
+            (first..20).map(move |number| {
+                let (sequence, mut targets) = distributions(settings, number);
+                targets.log_normalizer = Some((0..64).map(|row| normalizer(number, row)).collect());
+                Ok((sequence, Some(targets), number))
+            })
+        })
+        .unwrap()
+    };
+    let of = |directory: &Path, numbers: &[u64]| {
+        let cache = CacheReader::open(directory).unwrap();
+        cache.verify().into_result().unwrap();
+        cache.read(numbers).unwrap().targets.unwrap().log_normalizer
+    };
+    let given = |numbers: &[u64]| {
+        numbers.iter().flat_map(|&number| (0..64).map(move |row| normalizer(number, row))).collect::<Vec<f32>>()
+    };
+    for codec in [Codec::Raw, Codec::Packed, Codec::Compact] {
+        let path = |name: &str| folder.path().join(format!("{codec:?} {name}"));
+        let with = |log_normalizer| CacheSettings { log_normalizer, ..of_codec(codec) };
+        let bytes = |manifest: Manifest| manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>();
+        let kept = bytes(write(&path("kept"), &with(Some(true))));
+        let left_out = bytes(write(&path("left out"), &with(Some(false))));
+        assert_eq!(of(&path("kept"), &[19, 0, 8]).unwrap(), given(&[19, 0, 8]), "{codec:?}");
+        assert_eq!(of(&path("left out"), &[3]), None, "{codec:?}");
+        let difference = kept - left_out;
+        // Four bytes a row; in each of three shards a header's line and perhaps one more hash beside them.
+        assert!((20 * 64 * 4..20 * 64 * 4 + 3 * 256).contains(&difference), "{codec:?}: {difference}");
+        write(&path("usual"), &with(None));
+        assert_eq!(of(&path("usual"), &[3]).is_some(), codec == Codec::Raw, "{codec:?}");
+
+        let kept = CacheReader::open(path("kept")).unwrap();
+        let conversion = Conversion { codec: Codec::Compact, ..Default::default() };
+        convert(&kept, &path("again"), &conversion).unwrap();
+        assert_eq!(of(&path("again"), &[5]).unwrap(), given(&[5]), "{codec:?}");
+        convert(&kept, &path("without"), &Conversion { log_normalizer: Some(false), ..conversion.clone() }).unwrap();
+        assert_eq!(of(&path("without"), &[5]), None, "{codec:?}");
+        let without = CacheReader::open(path("without")).unwrap();
+        let wanting = Conversion { log_normalizer: Some(true), ..conversion };
+        let error = convert(&without, &path("back"), &wanting).unwrap_err().to_string();
+        let expected = "sequence 0 cannot be stored: it has no log_normalizer, but the cache is one that keeps it";
+        assert!(error.contains(expected), "{error}");
+        let error = Reuse::open(&[path("left out")], &with(Some(true))).map(drop).unwrap_err().to_string();
+        assert!(error.contains("log_normalizer"), "{error}");
+        assert!(Reuse::open(&[path("kept")], &with(Some(false))).is_ok());
+    }
+    let tokens_only = CacheSettings { soft_targets: None, log_normalizer: Some(true), ..of_codec(Codec::Raw) };
+    let error = CacheWriter::create_or_resume(folder.path(), tokens_only, WriterPart::WHOLE).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a cache of tokens only has no logits whose log_normalizer could be kept; \
+         leave out [cache] log_normalizer, or name a teacher"
+    );
 }
 
 #[test]

@@ -70,6 +70,8 @@ pub struct Conversion {
     pub codec: Codec,
     /// Levels to round to, where the codec rounds; its own number by default.
     pub levels: Option<u16>,
+    /// Whether normalisers are kept; what the settings of the input say by default.
+    pub log_normalizer: Option<bool>,
     /// Which of the kept ids stay; all by default.
     pub selection: Option<Selection>,
 }
@@ -84,6 +86,7 @@ pub fn convert(input: &CacheReader, directory: &Path, conversion: &Conversion) -
     let manifest = input.manifest();
     let (codec, levels) = (conversion.codec, conversion.levels);
     let mut settings = CacheSettings { codec, levels, ..manifest.settings.clone() };
+    settings.log_normalizer = conversion.log_normalizer.or(settings.log_normalizer);
     let mut selection = None;
     if let (Some(wanted), Some(soft_targets)) = (&conversion.selection, &mut settings.soft_targets) {
         narrow::check(&soft_targets.selection, wanted)?;

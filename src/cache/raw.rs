@@ -10,7 +10,8 @@ use super::shard::{TensorBytes, TensorIndex, Tensors, little_endian};
 use crate::error::Result;
 use crate::targets::SparseTargets;
 
-const LOG_NORMALIZER: &str = "log_normalizer";
+/// Of the normalisers, in every codec.
+pub(crate) const LOG_NORMALIZER: &str = "log_normalizer";
 
 /// Name, type and shape of each tensor, in the order of their bytes (64-bit ones first, so that all are aligned).
 fn layout(shape: &Shape, log_normalizer: bool) -> Vec<(String, Dtype, Vec<usize>)> {
@@ -118,16 +119,26 @@ fn decode_targets(
         tensors.extend_f32s(&format!("log_tail.{i}"), rows.clone(), &mut capture.log_tail)?;
         tensors.extend_f32s(&format!("label_log_prob.{i}"), rows.clone(), &mut capture.label_log_prob)?;
     }
-    match &mut into.log_normalizer {
-        Some(normalizers) if tensors.has(LOG_NORMALIZER) => {
-            tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers)?;
-        }
-        normalizers @ None if into.offsets.len() == 1 && tensors.has(LOG_NORMALIZER) => {
-            tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers.insert(vec![]))?;
-        }
-        // Normalisers stay where all rows have them.
-        normalizers => *normalizers = None,
-    }
+    decode_log_normalizer(tensors, rows, into)?;
     into.offsets.extend(offsets[1..].iter().map(|offset| base + (offset - from)));
     Ok(())
+}
+
+/// Appends the normalisers of rows whose offsets are yet to be appended.
+pub(crate) fn decode_log_normalizer(
+    tensors: &Tensors<'_>,
+    rows: Range<usize>,
+    into: &mut SparseTargets,
+) -> Result<(), String> {
+    match &mut into.log_normalizer {
+        Some(normalizers) if tensors.has(LOG_NORMALIZER) => tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers),
+        normalizers @ None if into.offsets.len() == 1 && tensors.has(LOG_NORMALIZER) => {
+            tensors.extend_f32s(LOG_NORMALIZER, rows, normalizers.insert(vec![]))
+        }
+        // Normalisers stay where all rows have them.
+        normalizers => {
+            *normalizers = None;
+            Ok(())
+        }
+    }
 }

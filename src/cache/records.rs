@@ -16,9 +16,9 @@ use super::compact::RecordParts;
 use super::manifest::QuantiserError;
 use super::record::RecordShape;
 use super::settings::CacheSettings;
-use super::shard::{TensorBytes, TensorIndex, Tensors};
+use super::shard::{TensorBytes, TensorIndex, Tensors, little_endian};
 use super::walk::Workspace;
-use super::{compact, packed};
+use super::{compact, packed, raw};
 use crate::error::{Error, Result};
 use crate::targets::{PackedSequence, SparseTargets};
 
@@ -102,22 +102,33 @@ pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: O
     // JSON has no infinity.
     (error.kl_sum, error.kl_max) = (error.kl_sum.min(f64::MAX), error.kl_max.min(f64::MAX));
     let offsets: Vec<u8> = offsets.into_iter().flat_map(u64::to_le_bytes).collect();
-    let tensors = vec![
-        TensorBytes {
-            name: OFFSETS.into(),
-            dtype: Dtype::U64,
-            shape: vec![shape.sequences + 1],
-            bytes: Cow::Owned(offsets),
-        },
-        TensorBytes { name: RECORDS.into(), dtype: Dtype::U8, shape: vec![records.len()], bytes: Cow::Owned(records) },
-    ];
+    let log_normalizer = block.targets.as_ref().and_then(|targets| targets.log_normalizer.as_deref());
+    let mut parts = vec![Cow::Owned(offsets)];
+    parts.extend(log_normalizer.map(|values| little_endian(values, |value| value.to_le_bytes())));
+    let layout = layout(shape, log_normalizer.is_some(), records.len());
+    parts.push(Cow::Owned(records));
+    let tensors = layout
+        .into_iter()
+        .zip(parts)
+        .map(|((name, dtype, shape), bytes)| TensorBytes { name, dtype, shape, bytes })
+        .collect();
     let error = shape.temperatures.is_some().then_some(error);
     Encoded { tensors, error }
 }
 
 pub(crate) fn check(index: &TensorIndex, shape: &Shape) -> Result<(), String> {
     let bytes = index.length(RECORDS).ok_or_else(|| format!("tensor `{RECORDS}` is missing"))?;
-    index.check(&[(OFFSETS.into(), Dtype::U64, vec![shape.sequences + 1]), (RECORDS.into(), Dtype::U8, vec![bytes])])
+    index.check(&layout(shape, index.has(raw::LOG_NORMALIZER), bytes))
+}
+
+/// Name, type and shape of each tensor, in the order of their bytes (wide ones first, so that all are aligned).
+fn layout(shape: &Shape, log_normalizer: bool, record_bytes: usize) -> Vec<(String, Dtype, Vec<usize>)> {
+    let mut layout = vec![(OFFSETS.into(), Dtype::U64, vec![shape.sequences + 1])];
+    if log_normalizer {
+        layout.push((raw::LOG_NORMALIZER.into(), Dtype::F32, vec![shape.rows()]));
+    }
+    layout.push((RECORDS.into(), Dtype::U8, vec![record_bytes]));
+    layout
 }
 
 /// Whether all records follow each other and can be read.
@@ -153,6 +164,9 @@ pub(crate) fn decode(
     range: Range<usize>,
     into: &mut Block,
 ) -> Result<(), String> {
+    if let Some(targets) = &mut into.targets {
+        raw::decode_log_normalizer(tensors, range.start * shape.seq_len..range.end * shape.seq_len, targets)?;
+    }
     let offsets = tensors.u64s(OFFSETS, range.start..range.end + 1)?;
     for (number, ends) in range.zip(offsets.windows(2)) {
         let bytes = tensors.u8s(RECORDS, ends[0] as usize..ends[1] as usize)?;

@@ -87,12 +87,14 @@ fn key(sequence: &PackedSequence) -> Key {
 /// Whether targets of a cache with settings `theirs` are those that one with `ours` would be given.
 fn check(directory: &Path, theirs: &CacheSettings, ours: &CacheSettings) -> Result<()> {
     // What these settle makes no difference to a sequence's targets.
+    let lacks_normalizers = ours.log_normalizer == Some(true) && !theirs.keeps_log_normalizer();
     let alike = CacheSettings {
         split: ours.split.clone(),
         data_fingerprint: ours.data_fingerprint.clone(),
         sequences_per_shard: ours.sequences_per_shard,
         codec: ours.codec,
         levels: ours.levels,
+        log_normalizer: if lacks_normalizers { Some(false) } else { ours.log_normalizer },
         ..theirs.clone()
     };
     let named = format!("the cache {} named in [cache] reuse", directory.display());

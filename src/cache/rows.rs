@@ -52,6 +52,9 @@ pub(crate) fn check(
         (Some(targets), Some(soft_targets)) => {
             check_lengths(targets, seq_len, &soft_targets.temperatures)?;
             check_kind(targets, &soft_targets.selection)?;
+            if settings.log_normalizer == Some(true) && targets.log_normalizer.is_none() {
+                return wrong("it has no log_normalizer, but the cache is one that keeps it".into());
+            }
             check_rows(targets, sequence, &soft_targets.selection, vocab_size)?;
         }
     }

@@ -26,6 +26,9 @@ pub struct CacheSettings {
     /// Levels that a probability's square root is rounded to; `None` with an exact codec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub levels: Option<u16>,
+    /// Whether the log-sum-exp of the teacher's logits is kept of each row. `None`: under `raw`, where rows come with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_normalizer: Option<bool>,
     /// `None` in a cache of tokens only.
     pub soft_targets: Option<SoftTargetSettings>,
 }
@@ -96,7 +99,15 @@ impl CacheSettings {
             let tip = format!("set [cache] codec = \"packed\", or use a tokenizer of at most {LARGEST_VOCABULARY}");
             return Err(Error::usage(problem, tip));
         }
-        let Some(soft_targets) = &self.soft_targets else { return Ok(()) };
+        let Some(soft_targets) = &self.soft_targets else {
+            return match self.log_normalizer {
+                Some(true) => Err(Error::usage(
+                    "a cache of tokens only has no logits whose log_normalizer could be kept",
+                    "leave out [cache] log_normalizer, or name a teacher",
+                )),
+                _ => Ok(()),
+            };
+        };
         let rounds = self.codec.default_levels().is_some();
         if rounds && soft_targets.selection.kind() == TargetKind::Sampled && soft_targets.temperatures.len() > 1 {
             let problem = format!("the codec `{}` cannot hold drawn ids at several temperatures", self.codec.name());
@@ -132,6 +143,11 @@ impl CacheSettings {
     /// Levels of the quantiser; of no meaning with an exact codec.
     pub(crate) fn levels(&self) -> u16 {
         self.levels.or(self.codec.default_levels()).unwrap_or(1)
+    }
+
+    /// Whether normalisers that rows come with are written.
+    pub(crate) fn keeps_log_normalizer(&self) -> bool {
+        self.log_normalizer.unwrap_or(self.codec.default_levels().is_none())
     }
 
     /// The temperatures captured; none in a cache of tokens only.
@@ -188,6 +204,7 @@ pub(super) mod tests {
             sequences_per_shard: 2,
             codec: Codec::Raw,
             levels: None,
+            log_normalizer: None,
             soft_targets: Some(SoftTargetSettings {
                 teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
                 selection: Selection::TopK { k: 4 },

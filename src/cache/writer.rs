@@ -219,6 +219,9 @@ impl CacheWriter {
             )
         })?;
         if let (Some(mine), Some(mut rows)) = (&mut self.block.targets, targets) {
+            if !self.settings.keeps_log_normalizer() {
+                rows.log_normalizer = None;
+            }
             for row in (0..sequence.seq_len()).filter(|row| !sequence.is_valid(*row)) {
                 for capture in &mut rows.captures {
                     capture.log_tail[row] = 0.0;

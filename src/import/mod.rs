@@ -182,6 +182,7 @@ fn settings(source: &Source, options: &ImportOptions) -> Result<CacheSettings> {
         sequences_per_shard: options.sequences_per_shard,
         codec: options.codec,
         levels: None,
+        log_normalizer: None,
         soft_targets: Some(SoftTargetSettings {
             teacher: TeacherIdentity {
                 name: options.teacher_name.clone(),

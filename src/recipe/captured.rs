@@ -8,8 +8,8 @@ use crate::targets::TargetSource;
 
 /// Keys that the cache answers.
 const DATA_KEYS: [&str; 4] = ["sources", "tokens", "seq_len", "held_out"];
-const CACHE_KEYS: [&str; 8] =
-    ["selection", "top_k", "temperatures", "codec", "levels", "reuse", "sequences_per_shard", "dir"];
+const CACHE_KEYS: [&str; 9] =
+    ["selection", "top_k", "temperatures", "codec", "levels", "log_normalizer", "reuse", "sequences_per_shard", "dir"];
 
 /// Fills in what the cache says.
 ///
@@ -58,6 +58,7 @@ pub(super) fn take_over(recipe: &mut Recipe) -> Result<()> {
     recipe.cache.temperatures = targets.temperatures.iter().map(as_written).collect();
     recipe.cache.codec = settings.codec;
     recipe.cache.levels = settings.levels;
+    recipe.cache.log_normalizer = settings.log_normalizer;
     recipe.cache.sequences_per_shard = settings.sequences_per_shard;
     Ok(())
 }

@@ -253,7 +253,13 @@ impl Plan {
         self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
         let temperature_count = if recipe.has_soft_targets() { recipe.cache.temperatures.len() as u64 } else { 0 };
         let kept_ids = recipe.cache.selection().usual_ids();
-        self.cache_bytes = cache_bytes(recipe.cache.codec, sequences, seq_len, kept_ids, temperature_count);
+        let normalizers = sequences.saturating_mul(4 * seq_len);
+        let bytes = cache_bytes(recipe.cache.codec, sequences, seq_len, kept_ids, temperature_count);
+        self.cache_bytes = match (recipe.has_soft_targets(), recipe.cache.codec, recipe.cache.log_normalizer) {
+            (true, Codec::Raw, Some(false)) => bytes - normalizers,
+            (true, Codec::Packed | Codec::Compact, Some(true)) => bytes.saturating_add(normalizers),
+            _ => bytes,
+        };
         Ok(())
     }
 }

@@ -122,6 +122,9 @@ pub struct CacheSection {
     /// Levels that the square root of a probability is rounded to, with `packed` (default 63) and `compact` (128).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub levels: Option<u16>,
+    /// Whether the log-sum-exp of the teacher's logits is kept beside each prediction. Default: with `raw`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_normalizer: Option<bool>,
     /// Packed sequences in one shard file. Default 512.
     pub sequences_per_shard: usize,
     /// Directories of finished caches of other runs, from which equal sequences take their targets. Default: none.
@@ -142,6 +145,7 @@ impl Default for CacheSection {
             temperatures: vec![1.0],
             codec: Codec::Raw,
             levels: None,
+            log_normalizer: None,
             reuse: vec![],
             sequences_per_shard: 512,
             dir: None,

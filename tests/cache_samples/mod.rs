@@ -21,6 +21,7 @@ pub fn settings(seq_len: usize, sequences_per_shard: usize, temperatures: &[f32]
         sequences_per_shard,
         codec: Codec::Raw,
         levels: None,
+        log_normalizer: None,
         soft_targets: (!temperatures.is_empty()).then(|| SoftTargetSettings {
             teacher: TeacherIdentity {
                 name: "Scout".into(),

@@ -190,6 +190,7 @@ fn through_a_cache(
         sequences_per_shard: job.sequences.len(),
         codec: Codec::Raw,
         levels: None,
+        log_normalizer: None,
         soft_targets: Some(SoftTargetSettings {
             teacher,
             selection: Selection::TopK { k: keep.iter().copied().max().unwrap_or(1) },
