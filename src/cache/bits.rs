@@ -62,24 +62,21 @@ impl<'a> BitReader<'a> {
 
     #[inline(always)]
     pub(crate) fn get(&mut self, bits: u32) -> u64 {
-        debug_assert!(bits <= MAX_FIELD_BITS);
-        let byte = self.bit >> 3;
-        let word = match self.bytes.get(byte..byte.wrapping_add(8)).and_then(<[u8]>::first_chunk) {
-            Some(chunk) => u64::from_le_bytes(*chunk),
-            None => self.last_word(byte),
-        };
-        let value = (word >> (self.bit & 7)) & ((1 << bits) - 1);
+        let value = field_at(self.bytes, self.bit, bits);
         self.bit += bits as usize;
         value
     }
 
-    #[cold]
-    fn last_word(&self, byte: usize) -> u64 {
-        let rest = self.bytes.get(byte..).unwrap_or(&[]);
-        let mut word = [0; 8];
-        let length = rest.len().min(8);
-        word[..length].copy_from_slice(&rest[..length]);
-        u64::from_le_bytes(word)
+    /// The next fields of equal width, read without waiting for one another and without going past them.
+    #[inline(always)]
+    pub(crate) fn peek(&self, bits: u32, count: usize) -> impl Iterator<Item = u64> {
+        let (bytes, first) = (self.bytes, self.bit);
+        (0..count).map(move |place| field_at(bytes, first + place * bits as usize, bits))
+    }
+
+    /// Goes past fields that [`peek`](Self::peek) gave.
+    pub(crate) fn skip(&mut self, bits: u32, count: usize) {
+        self.bit += bits as usize * count;
     }
 
     /// What [`BitWriter::put_number`] wrote. At most 2^40: nothing counted in a record is larger.
@@ -104,6 +101,28 @@ impl<'a> BitReader<'a> {
         }
         if self.get(left as u32) == 0 { Ok(()) } else { Err("its last bits are not zero".into()) }
     }
+}
+
+/// The field that begins at a bit; zeros past the end.
+#[inline(always)]
+fn field_at(bytes: &[u8], bit: usize, bits: u32) -> u64 {
+    debug_assert!(bits <= MAX_FIELD_BITS);
+    let byte = bit >> 3;
+    let word = match bytes.get(byte..byte.wrapping_add(8)).and_then(<[u8]>::first_chunk) {
+        Some(chunk) => u64::from_le_bytes(*chunk),
+        None => last_word(bytes, byte),
+    };
+    (word >> (bit & 7)) & ((1 << bits) - 1)
+}
+
+#[cold]
+#[inline(never)]
+fn last_word(bytes: &[u8], byte: usize) -> u64 {
+    let rest = bytes.get(byte..).unwrap_or(&[]);
+    let mut word = [0; 8];
+    let length = rest.len().min(8);
+    word[..length].copy_from_slice(&rest[..length]);
+    u64::from_le_bytes(word)
 }
 
 #[cfg(test)]

@@ -67,10 +67,11 @@ pub(crate) fn ln(x: f64) -> f64 {
 fn ln_near_one(x: f64) -> f64 {
     let ratio = x / (2.0 + x);
     let square = ratio * ratio;
-    let mut sum = 0.0;
-    for coefficient in INVERSE_ODD.iter().rev() {
-        sum = sum * square + coefficient;
-    }
+    // In pairs and fours that need not wait for one another; the order is part of what a cache's values are.
+    let (fourth, eighth) = (square * square, (square * square) * (square * square));
+    let pair = |n: usize| INVERSE_ODD[n] + INVERSE_ODD[n + 1] * square;
+    let four = |n: usize| pair(n) + pair(n + 2) * fourth;
+    let sum = four(0) + (four(4) + (four(8) + INVERSE_ODD[12] * eighth) * eighth) * eighth;
     2.0 * ratio * sum
 }
 

@@ -143,6 +143,8 @@ fn decode_rows(
     let kept: usize = counts.iter().sum();
     let (id_bits, level_bits) = (width_of(shape.vocab_size as u64), level_bits(shape));
     let field_bits = id_bits + level_bits;
+    let id_mask = (1 << id_bits) - 1;
+    let least = u16::from(matches!(shape.quantiser.kind, RowKind::Sampled { .. }));
     // Before room is made: all fields are there.
     if bits.left()? / (field_bits as usize) < kept {
         return Err(format!("it ends before its {kept} kept ids"));
@@ -164,27 +166,35 @@ fn decode_rows(
             }
             row_codes.tails.push(tail);
         }
-        row_codes.ids.reserve(count);
-        row_codes.levels.reserve(count);
-        let mut largest = 0;
-        let mut kept_label = false;
-        for _ in 0..count {
-            let field = bits.get(field_bits);
-            let id = field & ((1 << id_bits) - 1);
-            largest = largest.max(id);
-            kept_label |= id == u64::from(label);
-            let mut level = (field >> id_bits) as u16;
-            if level == 0 && shape.quantiser.has_tail() {
-                level = shape.quantiser.steps + 1 + (bits.get(HALVING_BITS) as u16).min(HALVINGS);
-            }
-            let nothing = level == 0 && matches!(shape.quantiser.kind, RowKind::Sampled { .. });
-            if nothing || level as usize >= shape.quantiser.level_count() {
-                return Err(format!("row {row} has the level {level}"));
-            }
-            row_codes.ids.push(id as u32);
-            row_codes.levels.push(level);
+        // Few rows have levels that take more than their field: all are read as if none had, and those once more.
+        row_codes.ids.resize(count, 0);
+        row_codes.levels.resize(count, 0);
+        let (mut largest, mut lowest, mut highest, mut kept_label) = (0, u16::MAX, 0, false);
+        let places = row_codes.ids.iter_mut().zip(&mut row_codes.levels);
+        for ((id, level), field) in places.zip(bits.peek(field_bits, count)) {
+            (*id, *level) = ((field & id_mask) as u32, (field >> id_bits) as u16);
+            (largest, kept_label) = (largest.max(*id), kept_label | (*id == label));
+            (lowest, highest) = (lowest.min(*level), highest.max(*level));
         }
-        checked_id(largest, shape)?;
+        if lowest == 0 && shape.quantiser.has_tail() {
+            (largest, kept_label, lowest, highest) = (0, false, 1, 0);
+            for (id, level) in row_codes.ids.iter_mut().zip(&mut row_codes.levels) {
+                let field = bits.get(field_bits);
+                *id = (field & id_mask) as u32;
+                *level = match (field >> id_bits) as u16 {
+                    0 => shape.quantiser.steps + 1 + (bits.get(HALVING_BITS) as u16).min(HALVINGS),
+                    level => level,
+                };
+                (largest, kept_label, highest) = (largest.max(*id), kept_label | (*id == label), highest.max(*level));
+            }
+        } else {
+            bits.skip(field_bits, count);
+        }
+        if count > 0 && (lowest < least || highest as usize >= shape.quantiser.level_count()) {
+            let level = if lowest < least { lowest } else { highest };
+            return Err(format!("row {row} has the level {level}"));
+        }
+        checked_id(u64::from(largest), shape)?;
         if !kept_label {
             row_codes.labels.extend((0..shape.label_count(count)).map(|_| bits.get(LABEL_BITS) as u16));
         }

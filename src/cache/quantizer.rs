@@ -149,6 +149,14 @@ impl Quantiser {
         self.roots[level as usize] * self.roots[level as usize]
     }
 
+    fn sum_of_squares(&self, levels: &[u16]) -> f64 {
+        // Whole numbers add up to the same in any order, which is faster, and to what their floats do.
+        if levels.len() < 1 << 16 && levels.iter().fold(0, |most, level| *level.max(&most)) <= self.steps {
+            return f64::from(levels.iter().map(|level| u32::from(*level) * u32::from(*level)).sum::<u32>());
+        }
+        levels.iter().map(|level| self.square(*level)).sum()
+    }
+
     /// The level of a square root in steps, on its own.
     fn nearest(&self, root: f64) -> u16 {
         if root >= 0.75 {
@@ -199,8 +207,7 @@ impl Quantiser {
     pub(crate) fn log_probs(&self, levels: &[u16], tail: u8, log_probs: &mut Vec<f32>) {
         let base = match self.kind {
             RowKind::Exact if !levels.is_empty() => {
-                let total: f64 = levels.iter().map(|level| self.square(*level)).sum();
-                self.mass_logs[tail as usize] - ln(total)
+                self.mass_logs[tail as usize] - ln(self.sum_of_squares(levels))
             }
             _ => 0.0,
         };
