@@ -9,28 +9,17 @@ use rayon::prelude::*;
 use super::dtype::Dtype;
 
 /// Elements that one task converts: enough to pay for its scheduling, few enough to stay in a core's cache.
-const CHUNK: usize = 1 << 16;
+pub(super) const CHUNK: usize = 1 << 16;
 /// Elements encoded before they are written; bounds the memory of writing.
 const BLOCK: usize = 1 << 22;
 
-/// Whether [`decode_f32`] reads this type.
+/// Whether [`decode_chunk`] reads this type.
 pub(super) fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F64)
 }
 
 /// Values of `bytes` as f32, and whether all of them are finite. `dtype` is one of [`is_float`].
-pub(super) fn decode_f32(dtype: Dtype, bytes: &[u8]) -> (Vec<f32>, bool) {
-    let width = dtype.bits() as usize / 8;
-    let mut values = vec![0.0; bytes.len() / width];
-    let finite = values
-        .par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(CHUNK * width))
-        .map(|(values, bytes)| decode_chunk(dtype, bytes, values))
-        .reduce(|| true, |left, right| left & right);
-    (values, finite)
-}
-
-fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
+pub(super) fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
     let mut finite = true;
     match dtype {
         Dtype::F32 => {

@@ -1,4 +1,4 @@
-//! Checkpoints: memory-mapped lazy reading of Hugging Face safetensors directories, and writing in the same layout.
+//! Checkpoints: lazy reading of Hugging Face safetensors directories, and writing in the same layout.
 //!
 //! Hands out and takes host data. Knows nothing of models (names and shapes are the caller's) and nothing of devices.
 //! Nothing here reads a whole checkpoint: a tensor, or some rows of its first axis, at a time. Counts and offsets are

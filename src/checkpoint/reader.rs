@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::dtype::TensorInfo;
+use super::dtype::{Dtype, TensorInfo};
 use super::safetensors_file::{SafetensorsFile, missing_tensor, read_safetensors};
 use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, fingerprint, index};
 use crate::durable;
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 /// An open checkpoint: `config.json`, and the weights in `model.safetensors` or in the shards of
 /// `model.safetensors.index.json`.
 ///
-/// Files are memory-mapped and may be read from several threads at once. They must not be shortened meanwhile.
+/// May be read from several threads at once. A file that is shortened meanwhile is an error when it is read.
 #[derive(Debug)]
 pub struct CheckpointReader {
     dir: PathBuf,
@@ -97,6 +97,21 @@ impl CheckpointReader {
         self.file(name)?.load_f32_rows(name, shape, rows)
     }
 
+    /// Some rows of a tensor's first axis as they are stored; see [`SafetensorsFile::stored_rows`].
+    pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<(Dtype, Vec<u8>)> {
+        self.file(name)?.stored_rows(name, shape, rows)
+    }
+
+    /// Gives all stored bytes of a tensor to `take`, in order, a few MiB at a time.
+    pub(super) fn each_piece(&self, name: &str, take: impl FnMut(&[u8])) -> Result<()> {
+        self.file(name)?.each_piece(name, take)
+    }
+
+    /// Bytes of tensors that were read since the checkpoint was opened, its fingerprint's among them.
+    pub fn bytes_read(&self) -> u64 {
+        self.files.iter().map(SafetensorsFile::bytes_read).sum()
+    }
+
     /// All values of a tensor of integers; see [`SafetensorsFile::load_i64`].
     pub fn load_i64(&self, name: &str) -> Result<Vec<i64>> {
         self.file(name)?.load_i64(name)
@@ -118,7 +133,7 @@ impl CheckpointReader {
     /// Reads the whole checkpoint once, at the speed of the disk or of the memory it is cached in.
     ///
     /// # Errors
-    /// None that an open checkpoint has today.
+    /// A file that cannot be read, or was shortened since.
     pub fn fingerprint(&self) -> Result<String> {
         fingerprint::fingerprint(self)
     }

@@ -1,25 +1,36 @@
-//! One memory-mapped safetensors file.
+//! One safetensors file. Its header is read through a memory map, tensors by positioned reads: mapped pages would count
+//! as this process's memory for as long as the system likes, and a file that shrinks would end the process.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 use super::convert;
 use super::dtype::{Dtype, TensorInfo};
 use super::header::{self, StoredTensor};
 use crate::error::{Error, Result};
+use crate::positioned::read_exact_at;
+
+/// Bytes read at once where a tensor is not wanted whole.
+const PIECE: usize = 4 << 20;
 
 /// An open `.safetensors` file. Its header is checked; its data stays on disk until a tensor is asked for.
 ///
-/// The file must not be shortened while it is open: reading a page that is gone ends the process.
+/// A file that is shortened while it is open is an error when a tensor is loaded; [`SafetensorsFile::raw_bytes`] alone hands
+/// out mapped memory, and reading a page of it that is gone ends the process.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
+    file: File,
     map: Mmap,
+    /// Bytes of tensors that were read so far.
+    bytes_read: AtomicU64,
     tensors: BTreeMap<String, StoredTensor>,
     metadata: BTreeMap<String, String>,
 }
@@ -41,7 +52,8 @@ pub fn read_safetensors(path: impl AsRef<Path>) -> Result<SafetensorsFile> {
     // with every map; the bytes are plain numbers, for which each value is valid, and the header is parsed once.
     let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
     let header = header::parse(path, &map)?;
-    Ok(SafetensorsFile { path: path.to_path_buf(), map, tensors: header.tensors, metadata: header.metadata })
+    let (tensors, metadata) = (header.tensors, header.metadata);
+    Ok(SafetensorsFile { path: path.to_path_buf(), file, map, bytes_read: AtomicU64::new(0), tensors, metadata })
 }
 
 impl SafetensorsFile {
@@ -91,6 +103,37 @@ impl SafetensorsFile {
         self.decode(name, stored.info.dtype, stored.bytes.clone(), 0)
     }
 
+    /// Bytes of tensors that were read from this file since it was opened, without what [`raw_bytes`](Self::raw_bytes)
+    /// handed out.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    /// Gives all stored bytes of a tensor to `take`, in order, a few MiB at a time.
+    pub(super) fn each_piece(&self, name: &str, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let bytes = self.stored(name)?.bytes.clone();
+        let mut buffer = vec![0; PIECE.min(bytes.len())];
+        for start in bytes.clone().step_by(PIECE) {
+            let buffer = &mut buffer[..PIECE.min(bytes.end - start)];
+            self.read(name, buffer, start)?;
+            take(buffer);
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from a place in the file that belongs to the tensor `name`.
+    fn read(&self, name: &str, buffer: &mut [u8], offset: usize) -> Result<()> {
+        read_exact_at(&self.file, buffer, offset as u64).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => {
+                let problem = "the file ends within it, and did not when it was opened".to_string();
+                self.error(name, problem, "leave the checkpoint alone while it is read, or download it again")
+            }
+            _ => Error::io(&self.path)(error),
+        })?;
+        self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Rows `rows` of the first axis, as [`SafetensorsFile::load_f32`] reads them; only their bytes are touched.
     ///
     /// # Shapes
@@ -99,6 +142,23 @@ impl SafetensorsFile {
     /// # Errors
     /// As [`SafetensorsFile::load_f32`], and rows outside the tensor.
     pub fn load_f32_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.place_of_rows(name, shape, rows.clone())?;
+        let row_elements: usize = shape[1..].iter().product();
+        self.decode(name, dtype, bytes, rows.start * row_elements)
+    }
+
+    /// Rows `rows` of the first axis as they are stored, little-endian, with their type; only their bytes are read.
+    ///
+    /// # Errors
+    /// As [`SafetensorsFile::load_f32_rows`], except that the values are not looked at.
+    pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<(Dtype, Vec<u8>)> {
+        let (dtype, place) = self.place_of_rows(name, shape, rows)?;
+        let mut bytes = vec![0; place.len()];
+        self.read(name, &mut bytes, place.start)?;
+        Ok((dtype, bytes))
+    }
+
+    fn place_of_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<(Dtype, Range<usize>)> {
         let stored = self.checked(name, shape)?;
         let Some(&row_count) = shape.first() else {
             return Err(self.error(name, "is a scalar and has no rows".into(), "load it whole"));
@@ -110,9 +170,7 @@ impl SafetensorsFile {
         // Products stay below the tensor's byte count, which the header's check bounds by the file's length.
         let row_bytes = stored.bytes.len().checked_div(row_count).unwrap_or(0);
         let start = stored.bytes.start;
-        let row_elements: usize = if row_count == 0 { 0 } else { shape[1..].iter().product() };
-        let bytes = start + rows.start * row_bytes..start + rows.end * row_bytes;
-        self.decode(name, stored.info.dtype, bytes, rows.start * row_elements)
+        Ok((stored.info.dtype, start + rows.start * row_bytes..start + rows.end * row_bytes))
     }
 
     /// All values of a tensor of integers (or of truth values, as 0 and 1), row-major.
@@ -149,7 +207,17 @@ impl SafetensorsFile {
 
     /// `first` is the number of the first element, for the message.
     fn decode(&self, name: &str, dtype: Dtype, bytes: Range<usize>, first: usize) -> Result<Vec<f32>> {
-        let (values, finite) = convert::decode_f32(dtype, &self.map[bytes]);
+        let width = dtype.bits() as usize / 8;
+        let mut values = vec![0.0; bytes.len() / width];
+        let finite = values
+            .par_chunks_mut(convert::CHUNK)
+            .enumerate()
+            .map_init(Vec::new, |buffer, (number, values)| {
+                buffer.resize(values.len() * width, 0);
+                self.read(name, buffer, bytes.start + number * convert::CHUNK * width)?;
+                Ok(convert::decode_chunk(dtype, buffer, values))
+            })
+            .try_reduce(|| true, |left, right| Ok(left & right))?;
         if !finite {
             let place = values.iter().position(|value| !value.is_finite()).unwrap_or(0);
             let problem = format!("contains NaN or infinite values, the first at element {}", first + place);

@@ -120,7 +120,7 @@ impl FeedForward {
     }
 }
 
-fn block_name(names: Names) -> &'static str {
+pub(super) fn block_name(names: Names) -> &'static str {
     match names {
         Names::Llama4 => "feed_forward.",
         Names::Llama => "mlp.",
@@ -128,7 +128,7 @@ fn block_name(names: Names) -> &'static str {
 }
 
 impl Mlp {
-    fn load(hidden: usize, width: usize, prefix: &str, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+    pub(super) fn load(hidden: usize, width: usize, prefix: &str, source: &dyn WeightSource, device: &Device) -> Result<Self> {
         let matrix = |part: &str, shape| load(source, &format!("{prefix}{part}_proj.weight"), shape, device);
         Ok(Mlp {
             gate: matrix("gate", [width, hidden])?,
@@ -137,7 +137,7 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+    pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         linear(gated_silu(linear(x.clone(), &self.gate), linear(x, &self.up)), &self.down)
     }
 
@@ -170,25 +170,46 @@ impl Experts {
             place[assignment] = at as u32;
         }
 
-        let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, self.chosen]), &logits.device());
-        let scores = sigmoid(logits.clone()).gather(1, ids).reshape([tokens * self.chosen, 1]);
-        let scores = gather_rows(scores, Arc::new(sorted));
+        let scores = gather_rows(scores(&logits, &chosen, self.chosen), Arc::new(sorted));
         let input = gather_rows(x.clone(), Arc::new(sorted_tokens)) * scores;
         let offsets = Arc::new(offsets);
         let inner = swiglu(grouped_matmul(input, self.gate_up.clone(), offsets.clone()));
-        let output = gather_rows(grouped_matmul(inner, self.down.clone(), offsets), Arc::new(place));
-        let routed = if self.chosen == 1 {
-            output
-        } else {
-            output.reshape([tokens, self.chosen, hidden]).sum_dim(1).reshape([tokens, hidden])
-        };
-        (self.shared.forward(x) + routed, Routing { logits, experts: chosen })
+        let output = gather_rows(grouped_matmul(inner, self.down.clone(), offsets), Arc::new(by_expert(&chosen, place, self.chosen)));
+        // One after the other and by the experts' numbers: an order that does not depend on who computes which expert
+        // when, and that whoever has one expert in memory at a time can keep.
+        let output = output.reshape([tokens, self.chosen, hidden]);
+        let update = (0..self.chosen).fold(self.shared.forward(x), |update, choice| {
+            update + output.clone().narrow(1, choice, 1).reshape([tokens, hidden])
+        });
+        (update, Routing { logits, experts: chosen })
     }
 }
 
+/// What each choice multiplies its expert's input by: the sigmoid of its logit.
+///
+/// # Shapes
+/// - `logits` `[N, experts]`, `chosen` `[N, k]` row-major, result `[N * k, 1]`
+pub(super) fn scores(logits: &Tensor<2>, chosen: &[u32], k: usize) -> Tensor<2> {
+    let tokens = logits.dims()[0];
+    let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, k]), &logits.device());
+    sigmoid(logits.clone()).gather(1, ids).reshape([tokens * k, 1])
+}
+
+/// Each token's places in the order of the numbers of the experts it chose, rather than of their logits.
+fn by_expert(chosen: &[u32], mut place: Vec<u32>, k: usize) -> Vec<u32> {
+    if k > 1 {
+        for (places, chosen) in place.chunks_mut(k).zip(chosen.chunks(k)) {
+            let mut pairs: Vec<(u32, u32)> = chosen.iter().copied().zip(places.iter().copied()).collect();
+            pairs.sort_unstable();
+            places.iter_mut().zip(pairs).for_each(|(place, (_, at))| *place = at);
+        }
+    }
+    place
+}
+
 /// The `k` largest logits of each row; of equal ones the smaller expert number.
-fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
+pub(super) fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
     let [_, experts] = logits.dims();
     let values = logits.clone().detach().into_data().try_into_vec::<f32>().expect("router logits are f32");
     let mut chosen = Vec::with_capacity(values.len() / experts * k);

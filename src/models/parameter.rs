@@ -1,14 +1,19 @@
 //! Where weights come from and how the trainer reaches them, by the names they have in checkpoints.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
 use crate::{checkpoint::CheckpointReader, error::Result};
 
-/// Gives weights by name. Shapes are checked by the source.
-pub trait WeightSource {
+/// Gives weights by name, to any number of threads. Shapes are checked by the source.
+pub trait WeightSource: Sync {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+
+    /// Some rows of the first axis of a tensor, whose shape is that of the whole.
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>>;
 }
 
 /// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
@@ -28,6 +33,10 @@ impl<'a> CheckpointWeights<'a> {
 impl WeightSource for CheckpointWeights<'_> {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.reader.load_f32(&format!("{}{name}", self.prefix), shape)
+    }
+
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        self.reader.load_f32_rows(&format!("{}{name}", self.prefix), shape, rows)
     }
 }
 
@@ -54,6 +63,11 @@ impl WeightSource for RandomWeights {
         let normal = Normal::new(0.0, self.std).expect("a standard deviation is finite and not negative");
         Ok((0..count).map(|_| normal.sample(&mut generator) as f32).collect())
     }
+
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        let width: usize = shape[1..].iter().product();
+        Ok(self.load(name, shape)?[rows.start * width..rows.end * width].to_vec())
+    }
 }
 
 /// Loads one tensor onto a device, tracked when the device records gradients.
@@ -65,6 +79,19 @@ pub fn load<const D: usize>(
 ) -> Result<Tensor<D>> {
     let values = source.load(name, &shape)?;
     let tensor = Tensor::from_data(TensorData::new(values, shape), &device.clone().inner());
+    Ok(track(tensor, device.is_autodiff()))
+}
+
+/// Loads one matrix of a stack of them, `[count, rows, columns]`, as [`load`] does.
+pub(super) fn load_row(
+    source: &dyn WeightSource,
+    name: &str,
+    shape: [usize; 3],
+    number: usize,
+    device: &Device,
+) -> Result<Tensor<2>> {
+    let values = source.load_rows(name, &shape, number..number + 1)?;
+    let tensor = Tensor::from_data(TensorData::new(values, [shape[1], shape[2]]), &device.clone().inner());
     Ok(track(tensor, device.is_autodiff()))
 }
 
