@@ -444,7 +444,7 @@ fn teacher_of<'a>(
                 StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
             Teacher::Streamed(Box::new(streamed))
         } else {
-            let model = Decoder::load(config.clone(), &CheckpointWeights::new(reader), device)?;
+            let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;
             Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
         });
     }

@@ -3,13 +3,13 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use limbeck_kernels::rms_norm::rms_norm;
 
 use super::{
-    attention::linear,
     config::DecoderConfig,
-    parameter::{WeightSource, load},
+    linear::{Linear, Weights},
+    parameter::WeightSource,
 };
 use crate::error::Result;
 
@@ -32,7 +32,7 @@ pub struct FinalNorm {
 
 impl FinalNorm {
     pub fn load(config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Self> {
-        let weight = load(source, "model.norm.weight", [config.hidden_size], device)?;
+        let weight = Weights::for_inference(source, device).vector("model.norm.weight", config.hidden_size)?;
         Ok(FinalNorm { weight, eps: config.rms_norm_eps })
     }
 
@@ -46,7 +46,7 @@ impl FinalNorm {
 /// The head's rows for token ids in a row.
 #[derive(Debug, Clone)]
 pub struct HeadBlock {
-    weight: Tensor<2>,
+    weight: Linear,
 }
 
 impl HeadBlock {
@@ -58,13 +58,12 @@ impl HeadBlock {
     ) -> Result<Self> {
         let name = if config.tied { EMBEDDING } else { "lm_head.weight" };
         let shape = [config.vocab_size, config.hidden_size];
-        let values = source.load_rows(name, &shape, ids.clone())?;
-        Ok(HeadBlock { weight: Tensor::from_data(TensorData::new(values, [ids.len(), config.hidden_size]), device) })
+        Ok(HeadBlock { weight: Weights::for_inference(source, device).linear_rows(name, shape, ids)? })
     }
 
     /// # Shapes
     /// - `hidden` `[N, hidden]` after the final norm, result `[N, ids]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        linear(hidden, &self.weight)
+        self.weight.forward(hidden)
     }
 }

@@ -11,6 +11,7 @@ pub mod ends;
 pub mod feed_forward;
 pub mod generate;
 pub mod layout;
+pub mod linear;
 pub mod llama;
 pub mod llama4;
 pub mod parameter;

@@ -3,10 +3,14 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use limbeck_kernels::packed_matmul::Element;
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
-use crate::{checkpoint::CheckpointReader, error::Result};
+use crate::{
+    checkpoint::{CheckpointReader, Dtype},
+    error::Result,
+};
 
 /// Gives weights by name, to any number of threads. Shapes are checked by the source.
 pub trait WeightSource: Sync {
@@ -14,6 +18,24 @@ pub trait WeightSource: Sync {
 
     /// Some rows of the first axis of a tensor, whose shape is that of the whole.
     fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// The same numbers as of [`load_rows`](Self::load_rows), if possible as they are stored.
+    fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
+        self.load_rows(name, shape, rows).map(Stored::from)
+    }
+}
+
+/// The numbers of a tensor in some type, little-endian.
+pub struct Stored {
+    pub bytes: Vec<u8>,
+    pub element: Element,
+}
+
+impl From<Vec<f32>> for Stored {
+    fn from(values: Vec<f32>) -> Self {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Stored { bytes, element: Element::F32 }
+    }
 }
 
 /// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
@@ -37,6 +59,24 @@ impl WeightSource for CheckpointWeights<'_> {
 
     fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
         self.reader.load_f32_rows(&format!("{}{name}", self.prefix), shape, rows)
+    }
+
+    fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
+        let full_name = format!("{}{name}", self.prefix);
+        let element = match self.reader.info(&full_name)?.dtype {
+            Dtype::F32 => Some(Element::F32),
+            Dtype::Bf16 => Some(Element::Bf16),
+            Dtype::F16 => Some(Element::F16),
+            _ => None,
+        };
+        if let Some(element) = element {
+            let (_, bytes) = self.reader.stored_rows(&full_name, shape, rows.clone())?;
+            if element.all_finite(&bytes) {
+                return Ok(Stored { bytes, element });
+            }
+        }
+        // Other types are converted, and what is wrong is said, by the one reader of values.
+        self.load_rows(name, shape, rows).map(Stored::from)
     }
 }
 
@@ -82,16 +122,17 @@ pub fn load<const D: usize>(
     Ok(track(tensor, device.is_autodiff()))
 }
 
-/// Loads one matrix of a stack of them, `[count, rows, columns]`, as [`load`] does.
-pub(super) fn load_row(
+/// Loads some rows of the first axis of a tensor, as [`load`] does; `shape` is that of the whole.
+pub fn load_rows<const D: usize>(
     source: &dyn WeightSource,
     name: &str,
-    shape: [usize; 3],
-    number: usize,
+    mut shape: [usize; D],
+    rows: Range<usize>,
     device: &Device,
-) -> Result<Tensor<2>> {
-    let values = source.load_rows(name, &shape, number..number + 1)?;
-    let tensor = Tensor::from_data(TensorData::new(values, [shape[1], shape[2]]), &device.clone().inner());
+) -> Result<Tensor<D>> {
+    let values = source.load_rows(name, &shape, rows.clone())?;
+    shape[0] = rows.len();
+    let tensor = Tensor::from_data(TensorData::new(values, shape), &device.clone().inner());
     Ok(track(tensor, device.is_autodiff()))
 }
 

@@ -1,15 +1,18 @@
 //! A block with experts in pieces: what every token passes, and one expert at a time. For those who do not keep all
 //! experts in memory; [`Layer`](super::Layer) is the block in one piece, and both give the same numbers.
 
+use std::sync::Arc;
+
 use burn::tensor::{Device, Tensor, TensorData};
 use limbeck_kernels::{rms_norm::rms_norm, swiglu::swiglu};
 
 use super::{
-    attention::{Attention, linear},
+    attention::Attention,
     config::{DecoderConfig, FeedForwardConfig},
     feed_forward::{Mlp, block_name, choose, scores},
     layout::TokenLayout,
-    parameter::{WeightSource, load, load_row},
+    linear::{Linear, Stack, Weights},
+    parameter::WeightSource,
 };
 use crate::error::Result;
 
@@ -19,7 +22,7 @@ pub struct RoutedLayer {
     input_norm: Tensor<1>,
     attention: Attention,
     post_attention_norm: Tensor<1>,
-    router: Tensor<2>,
+    router: Linear,
     shared: Mlp,
     chosen: usize,
     eps: f32,
@@ -28,10 +31,10 @@ pub struct RoutedLayer {
 /// One routed expert.
 #[derive(Debug, Clone)]
 pub struct Expert {
-    /// `[hidden, 2 * width]`, gate half first.
-    gate_up: Tensor<2>,
-    /// `[width, hidden]`
-    down: Tensor<2>,
+    /// One matrix `[hidden, 2 * width]`, gate half first.
+    gate_up: Stack,
+    /// One matrix `[width, hidden]`.
+    down: Stack,
 }
 
 /// Where a batch of tokens goes.
@@ -44,7 +47,7 @@ pub struct Choices {
 }
 
 impl RoutedLayer {
-    /// Loads block `index` without its routed experts.
+    /// Loads block `index` without its routed experts, never to be trained.
     ///
     /// # Panics
     /// When the block has no experts.
@@ -55,13 +58,14 @@ impl RoutedLayer {
         };
         let prefix = format!("model.layers.{index}.");
         let block = format!("{prefix}{}", block_name(config.names));
-        let norm = |name: &str| load(source, &format!("{prefix}{name}.weight"), [hidden], device);
+        let weights = Weights::for_inference(source, device);
+        let norm = |name: &str| weights.vector(&format!("{prefix}{name}.weight"), hidden);
         Ok(RoutedLayer {
             input_norm: norm("input_layernorm")?,
-            attention: Attention::load(config, layer, &format!("{prefix}self_attn."), source, device)?,
+            attention: Attention::load(config, layer, &format!("{prefix}self_attn."), weights)?,
             post_attention_norm: norm("post_attention_layernorm")?,
-            router: load(source, &format!("{block}router.weight"), [expert_count, hidden], device)?,
-            shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), source, device)?,
+            router: weights.linear(&format!("{block}router.weight"), [expert_count, hidden])?,
+            shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), weights)?,
             chosen,
             eps: config.rms_norm_eps,
         })
@@ -81,7 +85,7 @@ impl RoutedLayer {
     /// # Shapes
     /// - `attended` `[N, hidden]`
     pub fn choose(&self, attended: Tensor<2>) -> Choices {
-        let logits = linear(self.normed(attended), &self.router);
+        let logits = self.router.forward(self.normed(attended));
         let experts = choose(&logits, self.chosen);
         let scores = scores(&logits, &experts, self.chosen).into_data();
         Choices { experts, scores: scores.try_into_vec::<f32>().expect("scores are f32") }
@@ -100,9 +104,11 @@ impl RoutedLayer {
     /// # Shapes
     /// - `attended` `[N, hidden]`, `scores` `[N]`, result `[N, hidden]`
     pub fn routed(&self, expert: &Expert, attended: Tensor<2>, scores: Vec<f32>) -> Tensor<2> {
-        let scores = Tensor::<2>::from_data(TensorData::new(scores, [attended.dims()[0], 1]), &attended.device());
-        let inner = swiglu((self.normed(attended) * scores).matmul(expert.gate_up.clone()));
-        inner.matmul(expert.down.clone())
+        let rows = attended.dims()[0];
+        let scores = Tensor::<2>::from_data(TensorData::new(scores, [rows, 1]), &attended.device());
+        let all = Arc::new(vec![0, rows]);
+        let inner = swiglu(expert.gate_up.forward(self.normed(attended) * scores, all.clone()));
+        expert.down.forward(inner, all)
     }
 
     fn normed(&self, attended: Tensor<2>) -> Tensor<2> {
@@ -127,7 +133,8 @@ impl Expert {
             panic!("block {index} has no experts");
         };
         let block = format!("model.layers.{index}.{}experts.", block_name(config.names));
-        let stack = |name: &str, shape| load_row(source, &format!("{block}{name}"), shape, expert, device);
+        let weights = Weights::for_inference(source, device);
+        let stack = |name: &str, shape| weights.stack_rows(&format!("{block}{name}"), shape, expert..expert + 1);
         Ok(Expert {
             gate_up: stack("gate_up_proj", [expert_count, hidden, 2 * width])?,
             down: stack("down_proj", [expert_count, width, hidden])?,

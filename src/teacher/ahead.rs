@@ -35,8 +35,8 @@ pub(super) enum Loaded {
 impl Part {
     pub(super) fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
         Ok(match self {
-            Part::Dense(index) => Loaded::Dense(Box::new(Layer::load(config, *index, source, device)?)),
-            Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load(config, *index, source, device)?)),
+            Part::Dense(index) => Loaded::Dense(Box::new(Layer::load_for_inference(config, *index, source, device)?)),
+            Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load_for_inference(config, *index, source, device)?)),
             Part::Expert(index, expert) => Loaded::Expert(Expert::load(config, *index, *expert, source, device)?),
             Part::Head(ids) => Loaded::Head(HeadBlock::load(config, ids.clone(), source, device)?),
         })

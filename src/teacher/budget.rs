@@ -67,10 +67,20 @@ pub(super) struct Fit {
     pub head_rows: usize,
 }
 
-/// Bytes of the parts of a model, with `width` bytes for a weight.
+/// Bytes of one weight.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WeightBytes {
+    /// In the form that is multiplied by.
+    pub kept: u64,
+    /// While it is turned from its stored form into that one, beside it.
+    pub reading: u64,
+}
+
+/// Bytes of the parts of a model.
 struct Parts<'a> {
     config: &'a DecoderConfig,
     width: u64,
+    reading: u64,
     seq_len: u64,
     threads: u64,
 }
@@ -113,7 +123,7 @@ impl Parts<'_> {
             FeedForwardConfig::Experts { width, .. } => 2 * self.hidden() * width as u64,
         });
         let query = self.hidden() * (self.config.heads.query_heads * self.config.heads.head_dim) as u64;
-        at_once.max().unwrap_or(0) + self.width * matrix.max().unwrap_or(0).max(query)
+        at_once.max().unwrap_or(0) + self.reading * matrix.max().unwrap_or(0).max(query)
     }
 
     /// Bytes that one token of a batch takes while it passes a layer.
@@ -148,8 +158,9 @@ impl Parts<'_> {
         states + 48 + 12 * chosen
     }
 
+    /// Some rows of the head, and their stored form while they are read.
     fn head(&self, ids: u64) -> u64 {
-        self.width * self.hidden() * ids
+        (self.width + self.reading) * self.hidden() * ids
     }
 
     /// Bytes of `rows` rows of logits, and of what chooses from them.
@@ -161,7 +172,7 @@ impl Parts<'_> {
     /// The least that the head takes: two blocks, one of them being read, and few rows.
     fn least_head(&self) -> u64 {
         let vocab = self.config.vocab_size as u64;
-        let blocks = 3 * self.head(vocab.div_ceil(HEAD_BLOCKS)) + self.logits(BLOCK_ROWS);
+        let blocks = 2 * self.head(vocab.div_ceil(HEAD_BLOCKS)) + self.logits(BLOCK_ROWS);
         blocks.min(self.head(vocab) + self.logits(1))
     }
 
@@ -177,7 +188,7 @@ impl Parts<'_> {
 }
 
 impl Fit {
-    /// `width`: bytes of one weight in memory. `host`: whether the processor computes.
+    /// `host`: whether the processor computes.
     ///
     /// # Errors
     /// When not even one sequence fits: which parts take how much, and the least that would do.
@@ -185,11 +196,12 @@ impl Fit {
         config: &DecoderConfig,
         seq_len: usize,
         settings: &StreamSettings,
-        width: u64,
+        weight: WeightBytes,
         host: bool,
     ) -> Result<Fit> {
         let length = seq_len as u64;
-        let parts = Parts { config, width, seq_len: length, threads: rayon::current_num_threads() as u64 };
+        let threads = rayon::current_num_threads() as u64;
+        let parts = Parts { config, width: weight.kept, reading: weight.reading, seq_len: length, threads };
         let taken: u64 = settings.taken.iter().map(|(_, bytes)| bytes).sum();
         let (weights, head) = (parts.weights(), parts.least_head());
         let layers = weights + parts.scratch(length);
@@ -250,10 +262,10 @@ fn head_pieces(parts: &Parts<'_>, room: u64) -> (Vec<Range<usize>>, usize) {
         let rows = (room - whole - parts.logits(0)) / row;
         return (vec![0..vocab as usize], rows.clamp(1, HEAD_ROWS as u64) as usize);
     }
-    // Two blocks and the stored bytes of one in half of the room, logits in the other: every piece of rows reads the
+    // Two blocks in half of the room, logits in the other: every piece of rows reads the
     // whole head.
-    let blocks_room = (room / 2).clamp(3 * parts.head(vocab.div_ceil(HEAD_BLOCKS)), room - parts.logits(BLOCK_ROWS));
-    let ids = (blocks_room / parts.head(3)).clamp(1, vocab);
+    let blocks_room = (room / 2).clamp(2 * parts.head(vocab.div_ceil(HEAD_BLOCKS)), room - parts.logits(BLOCK_ROWS));
+    let ids = (blocks_room / parts.head(2)).clamp(1, vocab);
     let rows = (room - blocks_room - parts.logits(0)) / row;
     let blocks = (0..vocab).step_by(ids as usize).map(|first| first as usize..(first + ids).min(vocab) as usize);
     (blocks.collect(), rows.max(1) as usize)

@@ -25,7 +25,7 @@ impl ResidentTeacher {
     /// # Errors
     /// When the checkpoint cannot be loaded, and as [`new`](Self::new).
     pub fn open(checkpoint: &Path, device: &Device, selection: Selection, temperatures: &[f32]) -> Result<Self> {
-        Self::new(Decoder::open(checkpoint, device)?, selection, temperatures)
+        Self::new(Decoder::open_for_inference(checkpoint, device)?, selection, temperatures)
     }
 
     /// # Errors

@@ -17,12 +17,12 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{
     ahead::{Ahead, Part},
-    budget::{Fit, StreamSettings},
+    budget::{Fit, StreamSettings, WeightBytes},
     predictions::Predictions,
     sweep::{Halt, Sweep},
 };
 use crate::{
-    checkpoint::CheckpointReader,
+    checkpoint::{CheckpointReader, Dtype},
     error::{Error, Result},
     models::{DecoderConfig, ends::FinalNorm, parameter::CheckpointWeights},
     quantity::{short_bytes, thousands},
@@ -78,7 +78,7 @@ impl StreamedTeacher {
     ) -> Result<Self> {
         config.check_seq_len(seq_len)?;
         let predictions = Predictions::new(selection, temperatures, config.vocab_size)?;
-        let fit = Fit::new(&config, seq_len, &settings, WEIGHT_BYTES, host_op::runs_on(device))?;
+        let fit = Fit::new(&config, seq_len, &settings, weight_bytes(&reader, device), host_op::runs_on(device))?;
         tracing::debug!("streamed teacher: {fit:?}");
         let final_norm = FinalNorm::load(&config, &CheckpointWeights::new(&reader), device)?;
         let loader = ThreadPoolBuilder::new().num_threads(1).thread_name(|_| "weights".into()).build();
@@ -184,5 +184,14 @@ impl StreamedTeacher {
     }
 }
 
-/// Bytes of one weight in memory.
-const WEIGHT_BYTES: u64 = 4;
+/// What a weight takes: on the processor two bytes if all matrices are bfloat16, and stored and packed bytes exist
+/// beside each other for a moment; elsewhere, and from other types, it is made f32.
+fn weight_bytes(reader: &CheckpointReader, device: &Device) -> WeightBytes {
+    let matrices = || reader.names().filter_map(|name| reader.info(name).ok()).filter(|info| info.shape.len() > 1);
+    let all = |kinds: &[Dtype]| matrices().all(|info| kinds.contains(&info.dtype));
+    match host_op::runs_on(device) {
+        true if all(&[Dtype::Bf16]) => WeightBytes { kept: 2, reading: 2 },
+        true if all(&[Dtype::Bf16, Dtype::F16, Dtype::F32]) => WeightBytes { kept: 4, reading: 4 },
+        _ => WeightBytes { kept: 4, reading: 8 },
+    }
+}
