@@ -36,7 +36,7 @@ impl Part {
     pub(super) fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
         Ok(match self {
             Part::Dense(index) => Loaded::Dense(Box::new(Layer::load_for_inference(config, *index, source, device)?)),
-            Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load_for_inference(config, *index, source, device)?)),
+            Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load(config, *index, source, device)?)),
             Part::Expert(index, expert) => Loaded::Expert(Expert::load(config, *index, *expert, source, device)?),
             Part::Head(ids) => Loaded::Head(HeadBlock::load(config, ids.clone(), source, device)?),
         })
@@ -56,11 +56,6 @@ pub(super) struct Ahead<'a, 'scope> {
 impl<'a, 'scope> Ahead<'a, 'scope> {
     pub(super) fn new(scope: &'a Scope<'scope>, load: &'scope Load<'scope>) -> Self {
         Ahead { scope, load, pending: None }
-    }
-
-    /// Whether a part is being loaded or waits to be taken.
-    pub(super) fn is_busy(&self) -> bool {
-        self.pending.is_some()
     }
 
     /// Begins to load a part, which must be the next that is taken.

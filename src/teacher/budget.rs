@@ -286,8 +286,73 @@ fn too_small(settings: &StreamSettings, least: u64, mut parts: Vec<(&'static str
 
 /// Bytes as recipes take them, rounded up.
 fn mebibytes(bytes: u64) -> String {
-    match bytes.div_ceil(1 << 20) {
-        0 | 1 => format!("{}KiB", bytes.div_ceil(1 << 10)),
-        count => format!("{count}MiB"),
+    match bytes {
+        ..0x10_0000 => format!("{}KiB", bytes.div_ceil(1 << 10)),
+        _ => format!("{}MiB", bytes.div_ceil(1 << 20)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::models::llama4::shapes;
+
+    const BF16: WeightBytes = WeightBytes { kept: 2, reading: 2 };
+
+    fn settings(gib: u64, spill: Spill) -> StreamSettings {
+        StreamSettings {
+            memory: gib << 30,
+            taken: vec![("the program", 100 << 20)],
+            batch_tokens: 4096,
+            sweep_tokens: None,
+            spill,
+            spill_dir: PathBuf::new(),
+        }
+    }
+
+    fn scout(gib: u64, spill: Spill) -> Result<Fit> {
+        Fit::new(&shapes::scout().decoder(Path::new("scout")).unwrap(), 2048, &settings(gib, spill), BF16, true)
+    }
+
+    #[test]
+    fn a_scout_of_200_gb_fits_into_2_gib_and_gains_by_more() {
+        let little = scout(2, Spill::Auto).unwrap();
+        assert!(little.head_blocks.len() > 1, "a head of 2 GB is read in blocks");
+        let ids = little.head_blocks.iter().flat_map(|block| block.clone());
+        assert!(ids.eq(0..202_048), "which are all of it, in order");
+        let more = scout(16, Spill::Auto).unwrap();
+        assert_eq!((more.spill, more.head_blocks.as_slice(), more.batch_sequences), (false, &[0..202_048][..], 2));
+        assert!(more.sweep_sequences * 2048 >= 8192, "{more:?}");
+        let most = MOST_GOALS as usize * 8192;
+        let lots = scout(512, Spill::Auto).unwrap();
+        assert_eq!(lots.sweep_sequences * 2048, most, "longer sweeps gain nothing, and an interruption loses them");
+    }
+
+    #[test]
+    fn hidden_states_go_to_a_file_where_sweeps_would_be_too_short() {
+        let (auto, never) = (scout(2, Spill::Auto).unwrap(), scout(2, Spill::Never).unwrap());
+        assert!(!never.spill && never.sweep_sequences * 2048 < 8192, "{never:?}");
+        assert!(auto.spill && auto.sweep_sequences * 2048 == 8192, "{auto:?}");
+        assert!(scout(64, Spill::Always).unwrap().spill);
+    }
+
+    #[test]
+    fn what_is_too_little_is_refused_and_the_least_that_is_named_is_enough() {
+        let config = shapes::scout().decoder(Path::new("scout")).unwrap();
+        let fit = |bytes: u64, spill| {
+            Fit::new(&config, 2048, &StreamSettings { memory: bytes, ..settings(0, spill) }, BF16, true)
+        };
+        for spill in [Spill::Auto, Spill::Never, Spill::Always] {
+            let message = fit(1 << 30, spill).unwrap_err().to_string();
+            let start = "the streamed teacher does not fit into 1024MiB of memory; it takes two parts of its weights ";
+            assert!(message.starts_with(start), "{message}");
+            let least = message.split("at least ").nth(1).unwrap().split("MiB").next().unwrap();
+            let least = least.parse::<u64>().unwrap() << 20;
+            let fits = fit(least, spill).unwrap();
+            assert_eq!(fits.batch_sequences, 1);
+            assert!(fit(least - (1 << 20), spill).is_err());
+        }
     }
 }
