@@ -9,8 +9,8 @@ use limbeck::models::{
     read_config,
 };
 
-/// Not a multiple of any vector or tile, and longer than the fixtures' chunks.
-const LENGTH: usize = 37;
+/// Not a multiple of any vector or tile; longer than the chunks of the fixtures, and than a block of queries.
+const LENGTH: usize = 149;
 const SEQUENCES: usize = 5;
 
 fn fixture(name: &str) -> PathBuf {

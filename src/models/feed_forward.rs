@@ -65,12 +65,7 @@ impl Routing {
 }
 
 impl FeedForward {
-    pub fn load(
-        config: &DecoderConfig,
-        layer: &FeedForwardConfig,
-        prefix: &str,
-        weights: Weights<'_>,
-    ) -> Result<Self> {
+    pub fn load(config: &DecoderConfig, layer: &FeedForwardConfig, prefix: &str, weights: Weights<'_>) -> Result<Self> {
         let hidden = config.hidden_size;
         let block = format!("{prefix}{}", block_name(config.names));
         match *layer {

@@ -2,12 +2,12 @@
 
 use std::sync::LazyLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use super::{
     plain,
     tiles::{MAX_TILE_ROWS, PANEL, Slice, Sums, TileRows, add_sums},
 };
-#[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! From the bytes of a checkpoint's tensor to panels, without an f32 copy of the whole.
 
-use half::{bf16, f16};
+use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::{
@@ -8,8 +8,12 @@ use super::{
     tiles::{Line, PANEL},
 };
 
-/// Bytes that a thread looks at at once.
+/// Bytes that a thread looks at at once; a multiple of a tile's.
 const PIECE: usize = 1 << 16;
+/// Inputs that are turned at once: even, and with a panel's columns small enough for the first-level cache.
+const TILE: usize = 64;
+/// Panels that a thread fills beside each other, so that it reads more than a cache line of a row that holds all outputs.
+const GROUP: usize = 8;
 
 /// How the numbers of a tensor are stored, little-endian.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,36 +31,54 @@ impl Element {
         }
     }
 
-    #[inline(always)]
-    fn read(self, bytes: &[u8], place: usize) -> f32 {
-        let two = || [bytes[2 * place], bytes[2 * place + 1]];
+    /// The numbers of `bytes`, one for each place of `values`.
+    fn decode(self, bytes: &[u8], values: &mut [f32]) {
         match self {
-            Element::F32 => f32::from_le_bytes(bytes[4 * place..][..4].try_into().expect("four bytes")),
-            Element::Bf16 => bf16::from_le_bytes(two()).to_f32(),
-            Element::F16 => f16::from_le_bytes(two()).to_f32(),
+            Element::F32 => {
+                for (value, &stored) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *value = f32::from_le_bytes(stored);
+                }
+            }
+            Element::Bf16 => {
+                for (value, &stored) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(stored)) << 16);
+                }
+            }
+            Element::F16 => {
+                // The processor's own conversion works on aligned numbers, which a file does not promise.
+                let mut aligned = [f16::ZERO; TILE];
+                for (values, bytes) in values.chunks_mut(TILE).zip(bytes.chunks(2 * TILE)) {
+                    let aligned = &mut aligned[..values.len()];
+                    for (number, &stored) in aligned.iter_mut().zip(bytes.as_chunks().0) {
+                        *number = f16::from_le_bytes(stored);
+                    }
+                    aligned.convert_to_f32_slice(values);
+                }
+            }
         }
+    }
+
+    /// Whether all numbers are of a kind. It is asked of whole stretches, so that no branch stands in the loop.
+    fn all(self, bytes: &[u8], is: impl Fn(f32) -> bool + Sync) -> bool {
+        let fine = |piece: &[u8]| {
+            piece.chunks(TILE * self.bytes()).all(|bytes| {
+                let mut values = [0.0; TILE];
+                let values = &mut values[..bytes.len() / self.bytes()];
+                self.decode(bytes, values);
+                values.iter().fold(true, |all, &value| all & is(value))
+            })
+        };
+        bytes.par_chunks(PIECE).all(fine)
+    }
+
+    /// Whether there is no NaN and no infinity among the numbers.
+    pub fn all_finite(self, bytes: &[u8]) -> bool {
+        self.all(bytes, f32::is_finite)
     }
 
     /// Whether every number is exact in bfloat16.
     fn fits_bf16(self, bytes: &[u8]) -> bool {
-        let low_half_is_empty = |value: f32| value.to_bits() & 0xffff == 0;
-        match self {
-            Element::Bf16 => true,
-            Element::F32 => bytes.par_chunks(PIECE).all(|piece| {
-                piece.as_chunks::<4>().0.iter().all(|bytes| low_half_is_empty(f32::from_le_bytes(*bytes)))
-            }),
-            Element::F16 => bytes.par_chunks(PIECE).all(|piece| {
-                piece.as_chunks::<2>().0.iter().all(|bytes| low_half_is_empty(f16::from_le_bytes(*bytes).to_f32()))
-            }),
-        }
-    }
-}
-
-impl Element {
-    /// Whether there is no NaN and no infinity among the numbers.
-    pub fn all_finite(self, bytes: &[u8]) -> bool {
-        let fine = |piece: &[u8]| (0..piece.len() / self.bytes()).all(|place| self.read(piece, place).is_finite());
-        bytes.par_chunks(PIECE).all(fine)
+        self == Element::Bf16 || self.all(bytes, |value| value.to_bits() & 0xffff == 0)
     }
 }
 
@@ -74,19 +96,56 @@ pub enum Order {
 struct Stored<'a> {
     bytes: &'a [u8],
     element: Element,
-    /// Elements from one input to the next, and from one output to the next.
-    strides: [usize; 2],
+    order: Order,
+    inputs: usize,
+    outputs: usize,
 }
 
+/// Some inputs of a panel, in f32.
+type Tile = [[f32; PANEL]; TILE];
+
 impl Stored<'_> {
-    /// The weights of outputs `first..first + PANEL` at one input, zeros where there are none.
-    #[inline(always)]
-    fn column(&self, input: usize, first: usize, outputs: usize) -> [f32; PANEL] {
-        let mut column = [0.0; PANEL];
-        for (output, place) in (first..outputs).zip(&mut column) {
-            *place = self.element.read(self.bytes, input * self.strides[0] + output * self.strides[1]);
+    /// Inputs `first..first + count` of the panel that starts at output `column`; columns that there are not stay zero.
+    fn read(&self, tile: &mut Tile, column: usize, first: usize, count: usize) {
+        let columns = PANEL.min(self.outputs - column);
+        let from = |place: usize| &self.bytes[place * self.element.bytes()..];
+        match self.order {
+            Order::InputMajor => {
+                for (input, line) in (first..first + count).zip(tile) {
+                    self.element.decode(from(input * self.outputs + column), &mut line[..columns]);
+                }
+            }
+            Order::OutputMajor => {
+                for output in 0..columns {
+                    let mut row = [0.0; TILE];
+                    self.element.decode(from((column + output) * self.inputs + first), &mut row[..count]);
+                    tile.iter_mut().zip(row).for_each(|(line, value)| line[output] = value);
+                }
+            }
         }
-        column
+    }
+
+    /// The lines of all panels: `per_line` inputs make one, as `line` says. Missing inputs are zeros.
+    fn panels<T: Copy + Default + Send + Sync>(
+        &self,
+        per_line: usize,
+        line: impl Fn(&[[f32; PANEL]]) -> [T; PANEL] + Sync,
+    ) -> Vec<Line<T>> {
+        let lines = self.inputs.div_ceil(per_line);
+        let mut all = vec![Line([T::default(); PANEL]); self.outputs.div_ceil(PANEL) * lines];
+        all.par_chunks_mut(GROUP * lines).enumerate().for_each(|(group, group_lines)| {
+            for first in (0..self.inputs).step_by(TILE) {
+                let count = TILE.min(self.inputs - first);
+                for (panel, places) in group_lines.chunks_mut(lines).enumerate() {
+                    let mut tile = [[0.0; PANEL]; TILE];
+                    self.read(&mut tile, (group * GROUP + panel) * PANEL, first, count);
+                    for (place, inputs) in places[first / per_line..].iter_mut().zip(tile.chunks(per_line)) {
+                        place.0 = line(inputs);
+                    }
+                }
+            }
+        });
+        all
     }
 }
 
@@ -99,21 +158,12 @@ impl PackedMatrix {
     pub fn pack(bytes: &[u8], element: Element, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
         assert!(inputs > 0 && outputs > 0, "a matrix of {inputs} inputs and {outputs} outputs");
         assert_eq!(bytes.len(), inputs * outputs * element.bytes(), "the bytes of {inputs} x {outputs} {element:?}");
-        let strides = match order {
-            Order::OutputMajor => [1, inputs],
-            Order::InputMajor => [outputs, 1],
-        };
-        let stored = Stored { bytes, element, strides };
+        let stored = Stored { bytes, element, order, inputs, outputs };
         let panels = match element.fits_bf16(bytes) {
-            true => Panels::Bf16(panels(outputs, inputs.div_ceil(2), |first, pair| {
-                let low = stored.column(2 * pair, first, outputs).map(|value| value.to_bits() >> 16);
-                if 2 * pair + 1 == inputs {
-                    return low;
-                }
-                let high = stored.column(2 * pair + 1, first, outputs).map(f32::to_bits);
-                std::array::from_fn(|column| low[column] | high[column])
+            true => Panels::Bf16(stored.panels(2, |two| {
+                std::array::from_fn(|column| two[0][column].to_bits() >> 16 | two[1][column].to_bits())
             })),
-            false => Panels::F32(panels(outputs, inputs, |first, input| stored.column(input, first, outputs))),
+            false => Panels::F32(stored.panels(1, |one| one[0])),
         };
         PackedMatrix { inputs, outputs, panels }
     }
@@ -156,17 +206,4 @@ impl PackedMatrix {
         values.par_chunks_mut(self.inputs).enumerate().for_each(|(output, row)| self.row(output, row));
         values
     }
-}
-
-/// Lines of all panels, each panel on some thread.
-fn panels<T: Copy + Default + Send + Sync>(
-    outputs: usize,
-    lines: usize,
-    line: impl Fn(usize, usize) -> [T; PANEL] + Sync,
-) -> Vec<Line<T>> {
-    let mut all = vec![Line([T::default(); PANEL]); outputs.div_ceil(PANEL) * lines];
-    all.par_chunks_mut(lines).enumerate().for_each(|(panel, places)| {
-        places.iter_mut().enumerate().for_each(|(number, place)| place.0 = line(panel * PANEL, number));
-    });
-    all
 }
