@@ -193,8 +193,7 @@ fn streamed(
         spill,
         spill_dir: std::env::temp_dir(),
     };
-    let mut teacher =
-        StreamedTeacher::new(config, reader, &Device::flex(), SELECTION, &[1.0], length, settings)?;
+    let mut teacher = StreamedTeacher::new(config, reader, &Device::flex(), SELECTION, &[1.0], length, settings)?;
     let numbered: Vec<(u64, &PackedSequence)> = (0..).zip(&sequences).collect();
     let (mut digest, began) = (blake3::Hasher::new(), Instant::now());
     teacher.targets(&numbered, &AtomicBool::new(false), &mut |_, targets| {
@@ -223,10 +222,14 @@ fn streamed(
 
 /// All bits of the targets, so that lines of two modes can be compared.
 fn note(digest: &mut blake3::Hasher, targets: &limbeck::targets::SparseTargets) {
-    targets.ids.iter().for_each(|id| drop(digest.update(&id.to_le_bytes())));
+    for id in &targets.ids {
+        digest.update(&id.to_le_bytes());
+    }
     for capture in &targets.captures {
         let numbers = [&capture.log_probs, &capture.log_tail, &capture.label_log_prob];
-        numbers.into_iter().flatten().for_each(|number| drop(digest.update(&number.to_le_bytes())));
+        for number in numbers.into_iter().flatten() {
+            digest.update(&number.to_le_bytes());
+        }
     }
 }
 

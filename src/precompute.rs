@@ -440,8 +440,7 @@ fn teacher_of<'a>(
         *teacher = Some(if section.mode == TeacherMode::Streamed {
             let settings = stream_settings(recipe, section, inputs)?;
             let (config, reader, seq_len) = (config.clone(), reader.clone(), recipe.data.seq_len);
-            let streamed =
-                StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
+            let streamed = StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
             Teacher::Streamed(Box::new(streamed))
         } else {
             let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;

@@ -11,9 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{Device, Tensor};
 use limbeck::cache::{CacheReader, WriterPart};
-use limbeck::checkpoint::{
-    CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors,
-};
+use limbeck::checkpoint::{CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors};
 use limbeck::models::llama4::Llama4Config;
 use limbeck::models::{
     Decoder, DecoderConfig, Expert, RoutedLayer, TokenLayout, ends, parameter::CheckpointWeights, read_config,
@@ -120,21 +118,24 @@ fn every_memory_sweep_and_file_gives_the_resident_teachers_bits() {
         let vocab = config_of(&CheckpointReader::open(checkpoint).unwrap(), checkpoint).vocab_size;
         let sequences = sequences(vocab, 13);
         for selection in [Selection::TopK { k: 8 }, Selection::Sampled { draws: 5, seed: 3 }] {
-            let resident =
-                ResidentTeacher::open(checkpoint, &Device::flex(), selection.clone(), &[1.0, 2.0]).unwrap();
+            let resident = ResidentTeacher::open(checkpoint, &Device::flex(), selection.clone(), &[1.0, 2.0]).unwrap();
             let expected = resident.targets(&sequences, 5).unwrap();
             let plenty = || settings(PLENTY, &spill);
             let in_little = settings(least(checkpoint, Spill::Auto), &spill);
             let cases = [
                 ("plenty of memory", plenty(), 0),
                 ("the least memory", in_little, 1),
-                ("the least memory without a file", {
-                    StreamSettings { spill: Spill::Never, ..settings(least(checkpoint, Spill::Never), &spill) }
-                }, 0),
+                (
+                    "the least memory without a file",
+                    { StreamSettings { spill: Spill::Never, ..settings(least(checkpoint, Spill::Never), &spill) } },
+                    0,
+                ),
                 ("sweeps of one sequence", StreamSettings { sweep_tokens: Some(1), ..plenty() }, 0),
-                ("sweeps of five in batches of one", {
-                    StreamSettings { sweep_tokens: Some(5 * 32), batch_tokens: 1, ..plenty() }
-                }, 0),
+                (
+                    "sweeps of five in batches of one",
+                    { StreamSettings { sweep_tokens: Some(5 * 32), batch_tokens: 1, ..plenty() } },
+                    0,
+                ),
                 ("a file", StreamSettings { spill: Spill::Always, ..plenty() }, 1),
             ];
             for (what, settings, spilled) in cases {
@@ -304,15 +305,13 @@ fn layers_in_pieces_equal_the_goldens() {
         let golden = read_safetensors(dir.join("golden.safetensors")).unwrap();
         let floats = |key: &str| golden.load_f32(key, &golden.info(key).unwrap().shape).unwrap();
         let reader = CheckpointReader::open(&dir).unwrap();
-        let (config, source, device) =
-            (config_of(&reader, &dir), CheckpointWeights::new(&reader), Device::flex());
+        let (config, source, device) = (config_of(&reader, &dir), CheckpointWeights::new(&reader), Device::flex());
         let ids: Vec<u32> = golden.load_i64("input_ids").unwrap().into_iter().map(|id| id as u32).collect();
         let length = golden.info("input_ids").unwrap().shape[1];
         let layout = TokenLayout::of_documents(&config, ids.clone(), length);
         let width = config.hidden_size;
-        let rows = ids.iter().flat_map(|&id| {
-            ends::embedding_rows(&config, &source, id as usize..id as usize + 1).unwrap()
-        });
+        let rows =
+            ids.iter().flat_map(|&id| ends::embedding_rows(&config, &source, id as usize..id as usize + 1).unwrap());
         let embedded = burn::tensor::TensorData::new(rows.collect::<Vec<f32>>(), [ids.len(), width]);
         let mut hidden = Tensor::<2>::from_data(embedded, &device);
         for index in 0..config.layers.len() {
@@ -340,9 +339,8 @@ fn layers_in_pieces_equal_the_goldens() {
         }
         let normed = ends::FinalNorm::load(&config, &source, &device).unwrap().forward(hidden);
         let middle = config.vocab_size / 3;
-        let blocks = [0..middle, middle..config.vocab_size].map(|ids| {
-            ends::HeadBlock::load(&config, ids, &source, &device).unwrap().logits(normed.clone())
-        });
+        let blocks = [0..middle, middle..config.vocab_size]
+            .map(|ids| ends::HeadBlock::load(&config, ids, &source, &device).unwrap().logits(normed.clone()));
         within(name, Tensor::cat(blocks.to_vec(), 1), &floats("logits"), 2e-4);
     }
 }
@@ -419,12 +417,12 @@ fn a_stopped_teacher_gives_what_it_gave_and_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = fixture("llama4/scout_tiny");
     let sequences = sequences(64, 6);
-    let mut teacher =
-        streamed(&checkpoint, Selection::TopK { k: 8 }, StreamSettings {
-            sweep_tokens: Some(64),
-            ..settings(PLENTY, folder.path())
-        })
-        .unwrap();
+    let mut teacher = streamed(
+        &checkpoint,
+        Selection::TopK { k: 8 },
+        StreamSettings { sweep_tokens: Some(64), ..settings(PLENTY, folder.path()) },
+    )
+    .unwrap();
     let numbered: Vec<(u64, &PackedSequence)> = (0..).zip(&sequences).collect();
     let stop = AtomicBool::new(false);
     let mut given = 0;
@@ -522,7 +520,8 @@ fn ids_beyond_the_vocabulary_and_other_lengths_are_refused() {
 fn a_resident_teacher_for_inference_is_close_to_its_tensors() {
     let dir = fixture("llama4/scout_tiny");
     let device = Device::flex();
-    let (packed, tensors) = (Decoder::open_for_inference(&dir, &device).unwrap(), Decoder::open(&dir, &device).unwrap());
+    let (packed, tensors) =
+        (Decoder::open_for_inference(&dir, &device).unwrap(), Decoder::open(&dir, &device).unwrap());
     let layout = TokenLayout::of_documents(&tensors.config, (0..LENGTH as u32).collect(), LENGTH);
     let golden = tensors.forward(&layout).0.into_data().try_into_vec::<f32>().unwrap();
     within("hidden states", packed.forward(&layout).0, &golden, 1e-4);

@@ -172,9 +172,8 @@ impl CacheWriter {
                 return ranges;
             }
             // Those that are sealed, or whose targets the coder has learnt from, are not asked for.
-            let is_there = |number| {
-                open.files.is_sealed(number) || open.files.record_path(CALIBRATION_FOLDER, number).is_file()
-            };
+            let is_there =
+                |number| open.files.is_sealed(number) || open.files.record_path(CALIBRATION_FOLDER, number).is_file();
             number += self.part.count();
             while is_there(number) {
                 number += self.part.count();

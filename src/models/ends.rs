@@ -50,12 +50,7 @@ pub struct HeadBlock {
 }
 
 impl HeadBlock {
-    pub fn load(
-        config: &DecoderConfig,
-        ids: Range<usize>,
-        source: &dyn WeightSource,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn load(config: &DecoderConfig, ids: Range<usize>, source: &dyn WeightSource, device: &Device) -> Result<Self> {
         let name = if config.tied { EMBEDDING } else { "lm_head.weight" };
         let shape = [config.vocab_size, config.hidden_size];
         Ok(HeadBlock { weight: Weights::for_inference(source, device).linear_rows(name, shape, ids)? })

@@ -85,11 +85,7 @@ pub struct TeacherSection {
     #[serde(default, with = "super::memory_key", skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
     /// For `streamed`: most tokens that pass a layer before the next is read. Default: what the memory allows.
-    #[serde(
-        default,
-        deserialize_with = "deserialize_optional_count",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, deserialize_with = "deserialize_optional_count", skip_serializing_if = "Option::is_none")]
     pub sweep_tokens: Option<u64>,
     /// For `streamed`: whether hidden states that do not fit into memory go to a file in the run directory. Default `auto`.
     #[serde(skip_serializing_if = "Option::is_none")]

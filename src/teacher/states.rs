@@ -22,7 +22,10 @@ enum Store {
     Memory(Vec<f32>),
     /// The system removes the file when it is closed, and with the process at the latest: nothing of it can be taken
     /// for anything after a crash.
-    File { file: File, directory: PathBuf },
+    File {
+        file: File,
+        directory: PathBuf,
+    },
 }
 
 impl States {

@@ -65,10 +65,7 @@ impl From<Error> for Halt {
 
 impl Sweep<'_, '_> {
     /// Gives each sequence's targets with its place, in order.
-    pub(super) fn run(
-        mut self,
-        give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>,
-    ) -> Result<Experts, Halt> {
+    pub(super) fn run(mut self, give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>) -> Result<Experts, Halt> {
         // First what costs nothing.
         for batch in self.batches() {
             self.predictions.check_ids(&self.batch(&batch))?;
@@ -137,9 +134,9 @@ impl Sweep<'_, '_> {
             let most = (EMBEDDING_PIECE / width).max(1);
             let mut rest = wanted.as_slice();
             while let Some(&(first, _)) = rest.first() {
-                let near = rest.windows(2).take_while(|pair| {
-                    pair[1].0 - pair[0].0 <= EMBEDDING_GAP && pair[1].0 - first < most
-                });
+                let near = rest
+                    .windows(2)
+                    .take_while(|pair| pair[1].0 - pair[0].0 <= EMBEDDING_GAP && pair[1].0 - first < most);
                 let (now, later) = rest.split_at(1 + near.count());
                 let rows = embedding_rows(self.config, self.source, first..now[now.len() - 1].0 + 1)?;
                 for &(id, row) in now {
@@ -174,8 +171,7 @@ impl Sweep<'_, '_> {
         let rows = self.sequences.len() * self.length;
         // The sum of what experts give a token, where there are several; else it goes to the hidden states at once.
         let several = chosen > 1;
-        let mut updates =
-            if several { Some(States::new(rows, self.config.hidden_size, self.spill)?) } else { None };
+        let mut updates = if several { Some(States::new(rows, self.config.hidden_size, self.spill)?) } else { None };
         let mut choices = Choices { experts: Vec::with_capacity(rows * chosen), scores: Vec::new() };
         choices.scores.reserve_exact(rows * chosen);
         let mut first_expert = None;
@@ -203,7 +199,8 @@ impl Sweep<'_, '_> {
         }
 
         let (starts, order) = by_expert(&choices.experts);
-        let mut wanted: Vec<usize> = (0..starts.len() - 1).filter(|&expert| starts[expert] < starts[expert + 1]).collect();
+        let mut wanted: Vec<usize> =
+            (0..starts.len() - 1).filter(|&expert| starts[expert] < starts[expert + 1]).collect();
         if let Some(place) = wanted.iter().position(|&expert| Some(expert) == first_expert) {
             wanted[..=place].rotate_right(1);
         }
@@ -243,11 +240,7 @@ impl Sweep<'_, '_> {
     }
 
     /// The head over pieces of rows. Where it is in blocks, each piece of rows reads all of them.
-    fn head(
-        &mut self,
-        states: &States,
-        give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>,
-    ) -> Result<(), Halt> {
+    fn head(&mut self, states: &States, give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>) -> Result<(), Halt> {
         let (vocab, length, fit) = (self.config.vocab_size, self.length, self.fit);
         let whole = match fit.head_blocks.as_slice() {
             [all] => Some(self.ahead.take(Part::Head(all.clone()))?),
