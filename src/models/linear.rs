@@ -83,6 +83,7 @@ impl<'a> Weights<'a> {
 
 /// A matrix, `[outputs, inputs]`.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "a model has some hundreds of them, and a box would stand in every use")]
 pub enum Linear {
     Tensor(Tensor<2>),
     Packed(Arc<PackedMatrix>),
@@ -137,6 +138,7 @@ impl Linear {
 
 /// One matrix per expert, `[experts, inputs, outputs]`.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "a model has some hundreds of them, and a box would stand in every use")]
 pub enum Stack {
     Tensor(Tensor<3>),
     Packed(Vec<Arc<PackedMatrix>>),
