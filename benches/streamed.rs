@@ -236,7 +236,7 @@ fn note(digest: &mut blake3::Hasher, targets: &limbeck::targets::SparseTargets) 
 /// A line of what Linux says of this process, in MiB; 0 elsewhere.
 fn status_mib(line: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let value = status.lines().find_map(|text| text.strip_prefix(line)?.split_whitespace().nth(0)?.parse().ok());
+    let value = status.lines().find_map(|text| text.strip_prefix(line)?.split_whitespace().next()?.parse().ok());
     value.unwrap_or(0u64) >> 10
 }
 

@@ -37,7 +37,9 @@ impl Part {
         Ok(match self {
             Part::Dense(index) => Loaded::Dense(Box::new(Layer::load_for_inference(config, *index, source, device)?)),
             Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load(config, *index, source, device)?)),
-            Part::Expert(index, expert) => Loaded::Expert(Box::new(Expert::load(config, *index, *expert, source, device)?)),
+            Part::Expert(index, expert) => {
+                Loaded::Expert(Box::new(Expert::load(config, *index, *expert, source, device)?))
+            }
             Part::Head(ids) => Loaded::Head(Box::new(HeadBlock::load(config, ids.clone(), source, device)?)),
         })
     }
