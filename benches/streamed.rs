@@ -187,7 +187,7 @@ fn streamed(
     let settings = StreamSettings {
         memory,
         // As the program counts them: itself, and what grows beside the teacher.
-        taken: vec![("the program", (resident_mib() << 20) + (32 << 20) + memory / 32)],
+        taken: vec![("the program", (resident_mib() << 20) + (32 << 20) + memory / 16)],
         batch_tokens: BATCH_TOKENS as u64,
         sweep_tokens,
         spill,

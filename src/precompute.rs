@@ -463,7 +463,7 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs) -
     Ok(StreamSettings {
         memory,
         // Buffers of the text and of what the allocator keeps come to that.
-        taken: vec![("the program", own + OWN_GROWTH + memory / 32), ("a shard in the making", shard)],
+        taken: vec![("the program", own + OWN_GROWTH + memory / 16), ("a shard in the making", shard)],
         batch_tokens: section.batch_tokens,
         sweep_tokens: section.sweep_tokens,
         spill: section.spill.unwrap_or_default(),

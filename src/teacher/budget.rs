@@ -137,8 +137,8 @@ impl Parts<'_> {
                 7 * hidden + 4 * width as u64 + 3 * expert_count as u64
             }
         });
-        // A quarter more for what an allocator cannot use.
-        5 * (attention.max(feed_forward.max().unwrap_or(0)) + 16)
+        // Half more than the four bytes of a number, for what an allocator cannot use.
+        6 * (attention.max(feed_forward.max().unwrap_or(0)) + 16)
     }
 
     /// The batch's scratch, with the scores of attention on each thread.
