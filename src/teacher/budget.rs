@@ -302,9 +302,9 @@ mod tests {
 
     const BF16: WeightBytes = WeightBytes { kept: 2, reading: 2 };
 
-    fn settings(gib: u64, spill: Spill) -> StreamSettings {
+    fn settings(mib: u64, spill: Spill) -> StreamSettings {
         StreamSettings {
-            memory: gib << 30,
+            memory: mib << 20,
             taken: vec![("the program", 100 << 20)],
             batch_tokens: 4096,
             sweep_tokens: None,
@@ -313,30 +313,30 @@ mod tests {
         }
     }
 
-    fn scout(gib: u64, spill: Spill) -> Result<Fit> {
-        Fit::new(&shapes::scout().decoder(Path::new("scout")).unwrap(), 2048, &settings(gib, spill), BF16, true)
+    fn scout(mib: u64, spill: Spill) -> Result<Fit> {
+        Fit::new(&shapes::scout().decoder(Path::new("scout")).unwrap(), 2048, &settings(mib, spill), BF16, true)
     }
 
     #[test]
     fn a_scout_of_200_gb_fits_into_2_gib_and_gains_by_more() {
-        let little = scout(2, Spill::Auto).unwrap();
+        let little = scout(2 << 10, Spill::Auto).unwrap();
         assert!(little.head_blocks.len() > 1, "a head of 2 GB is read in blocks");
         let ids = little.head_blocks.iter().flat_map(|block| block.clone());
         assert!(ids.eq(0..202_048), "which are all of it, in order");
-        let more = scout(16, Spill::Auto).unwrap();
+        let more = scout(16 << 10, Spill::Auto).unwrap();
         assert_eq!((more.spill, more.head_blocks.len(), more.batch_sequences), (false, 1, 2));
         assert!(more.sweep_sequences * 2048 >= 8192, "{more:?}");
         let most = MOST_GOALS as usize * 8192;
-        let lots = scout(512, Spill::Auto).unwrap();
+        let lots = scout(512 << 10, Spill::Auto).unwrap();
         assert_eq!(lots.sweep_sequences * 2048, most, "longer sweeps gain nothing, and an interruption loses them");
     }
 
     #[test]
     fn hidden_states_go_to_a_file_where_sweeps_would_be_too_short() {
-        let (auto, never) = (scout(2, Spill::Auto).unwrap(), scout(2, Spill::Never).unwrap());
+        let (auto, never) = (scout(2176, Spill::Auto).unwrap(), scout(2176, Spill::Never).unwrap());
         assert!(!never.spill && never.sweep_sequences * 2048 < 8192, "{never:?}");
         assert!(auto.spill && auto.sweep_sequences * 2048 == 8192, "{auto:?}");
-        assert!(scout(64, Spill::Always).unwrap().spill);
+        assert!(scout(64 << 10, Spill::Always).unwrap().spill);
     }
 
     #[test]
