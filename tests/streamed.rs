@@ -346,8 +346,8 @@ fn layers_in_pieces_equal_the_goldens() {
 }
 
 enum RoutedLayerOrDense {
-    Dense(limbeck::models::Layer),
-    Routed(RoutedLayer, Vec<Expert>),
+    Dense(Box<limbeck::models::Layer>),
+    Routed(Box<RoutedLayer>, Vec<Expert>),
 }
 
 impl RoutedLayerOrDense {
@@ -355,12 +355,12 @@ impl RoutedLayerOrDense {
         use limbeck::models::{Layer, config::FeedForwardConfig};
         match config.layers[index].feed_forward {
             FeedForwardConfig::Dense { .. } => {
-                RoutedLayerOrDense::Dense(Layer::load_for_inference(config, index, source, device).unwrap())
+                RoutedLayerOrDense::Dense(Box::new(Layer::load_for_inference(config, index, source, device).unwrap()))
             }
             FeedForwardConfig::Experts { expert_count, .. } => {
                 let experts = (0..expert_count).map(|expert| Expert::load(config, index, expert, source, device));
                 let layer = RoutedLayer::load(config, index, source, device).unwrap();
-                RoutedLayerOrDense::Routed(layer, experts.collect::<Result<_>>().unwrap())
+                RoutedLayerOrDense::Routed(Box::new(layer), experts.collect::<Result<_>>().unwrap())
             }
         }
     }
