@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
-use limbeck_kernels::packed_matmul::Element;
+use limbeck_kernels::packed_matmul::{Element, Order, PackedMatrix};
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
@@ -21,20 +21,24 @@ pub trait WeightSource: Sync {
 
     /// The same numbers as of [`load_rows`](Self::load_rows), if possible as they are stored.
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
-        self.load_rows(name, shape, rows).map(Stored::from)
+        self.load_rows(name, shape, rows).map(Stored::Values)
     }
 }
 
-/// The numbers of a tensor in some type, little-endian.
-pub struct Stored {
-    pub bytes: Vec<u8>,
-    pub element: Element,
+/// The numbers of a tensor, or of some of its rows.
+pub enum Stored {
+    /// Little-endian, in their stored type.
+    Bytes(Vec<u8>, Element),
+    Values(Vec<f32>),
 }
 
-impl From<Vec<f32>> for Stored {
-    fn from(values: Vec<f32>) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Stored { bytes, element: Element::F32 }
+impl Stored {
+    /// A matrix of these numbers, to multiply by.
+    pub fn pack(&self, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+        match self {
+            Stored::Bytes(bytes, element) => PackedMatrix::pack(bytes, *element, order, inputs, outputs),
+            Stored::Values(values) => PackedMatrix::pack_f32(values, order, inputs, outputs),
+        }
     }
 }
 
@@ -69,14 +73,14 @@ impl WeightSource for CheckpointWeights<'_> {
             Dtype::F16 => Some(Element::F16),
             _ => None,
         };
-        if let Some(element) = element {
-            let (_, bytes) = self.reader.stored_rows(&full_name, shape, rows.clone())?;
-            if element.all_finite(&bytes) {
-                return Ok(Stored { bytes, element });
-            }
+        if let Some(element) = element
+            && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone())?
+            && element.all_finite(&bytes)
+        {
+            return Ok(Stored::Bytes(bytes, element));
         }
-        // Other types are converted, and what is wrong is said, by the one reader of values.
-        self.load_rows(name, shape, rows).map(Stored::from)
+        // Other types and forms are converted, and what is wrong is said, by the one reader of values.
+        self.load_rows(name, shape, rows).map(Stored::Values)
     }
 }
 
