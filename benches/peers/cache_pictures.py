@@ -18,7 +18,7 @@ GROWING = ["raw threshold_sampled 0.01", "raw threshold_sampled 0.003", "compact
 class Panel:
     """Log-log axes in a rectangle of a picture."""
 
-    def __init__(self, box, x_range, y_range, title, x_name, y_name):
+    def __init__(self, box, x_range, y_range, title, x_name, y_name, y_words=lambda value: f"{100 * value:g}%"):
         (self.left, self.top, self.width, self.height), self.x_range, self.y_range = box, x_range, y_range
         self.out, self.taken, self.crossed, self.labels = [], [], [], []
         self.rectangle(self.left, self.top, self.width, self.height)
@@ -34,7 +34,7 @@ class Panel:
         for value in ticks(y_range):
             y = self.y(value)
             self.line([(self.left, y), (self.left + self.width, y)], "#e4e4e4", 1)
-            self.text(self.left - 6, y + 4, f"{100 * value:g}%", anchor="end", size=11)
+            self.text(self.left - 6, y + 4, y_words(value), anchor="end", size=11)
 
     def x(self, value):
         low, high = map(math.log, self.x_range)

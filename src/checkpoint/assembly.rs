@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use super::convert;
 use super::dtype::{Dtype, TensorInfo};
-use super::mapped::{MappedTensors, check_rows, check_shape, missing_tensor};
+use super::tensor_file::{TensorFile, check_rows, check_shape, missing_tensor};
 use crate::error::{Error, Result};
 
 /// Rows of a transposed matrix that are written together: as many as floats fit a line of the processor's cache, twice.
@@ -23,13 +23,13 @@ const TRANSPOSED_ROWS: usize = 32;
 pub(super) struct StoredTensors {
     /// The checkpoint's path, for messages about names that no file has.
     pub(super) path: PathBuf,
-    pub(super) files: Vec<MappedTensors>,
+    pub(super) files: Vec<TensorFile>,
     /// Tensor name to its place in `files`.
     pub(super) file_of: BTreeMap<String, usize>,
 }
 
 impl StoredTensors {
-    pub(super) fn file(&self, name: &str) -> Result<&MappedTensors> {
+    pub(super) fn file(&self, name: &str) -> Result<&TensorFile> {
         let names = self.file_of.keys().map(String::as_str);
         let file = self.file_of.get(name).ok_or_else(|| missing_tensor(&self.path, name, names))?;
         Ok(&self.files[*file])
@@ -45,7 +45,7 @@ impl StoredTensors {
 
     /// An error about a stored tensor.
     pub(super) fn error(&self, name: &str, problem: String, tip: &str) -> Error {
-        let path = self.file(name).map_or(self.path.as_path(), MappedTensors::path);
+        let path = self.file(name).map_or(self.path.as_path(), TensorFile::path);
         Error::Tensor { path: path.to_path_buf(), tensor: name.into(), problem, tip: tip.into() }
     }
 }
@@ -151,7 +151,7 @@ impl Assembly {
 
     /// The file of the first piece, for messages about the whole.
     fn path<'a>(&self, stored: &'a StoredTensors) -> &'a Path {
-        stored.file(&self.slabs[0].pieces[0].tensor).map_or(stored.path.as_path(), MappedTensors::path)
+        stored.file(&self.slabs[0].pieces[0].tensor).map_or(stored.path.as_path(), TensorFile::path)
     }
 }
 

@@ -9,8 +9,9 @@ use rayon::prelude::*;
 use super::blocks;
 use super::dtype::Dtype;
 
-/// Elements that one task converts: enough to pay for its scheduling, few enough to stay in a core's cache.
-const CHUNK: usize = 1 << 16;
+/// Elements that one task converts: enough to pay for its scheduling, few enough to stay in a core's cache. A multiple
+/// of the elements of every type's blocks.
+pub(super) const CHUNK: usize = 1 << 16;
 /// Elements encoded before they are written; bounds the memory of writing.
 const BLOCK: usize = 1 << 22;
 
@@ -27,18 +28,7 @@ pub(super) fn needs_scale(dtype: Dtype) -> bool {
 
 /// Values of `bytes` as f32, and whether all of them are finite. `dtype` is one of [`is_float`] or [`needs_scale`],
 /// and `bytes` are whole blocks of it.
-pub(super) fn decode_f32(dtype: Dtype, bytes: &[u8]) -> (Vec<f32>, bool) {
-    let (elements, width) = (dtype.block_elements() as usize, dtype.block_bytes() as usize);
-    let mut values = vec![0.0; bytes.len() / width * elements];
-    let finite = values
-        .par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(CHUNK / elements * width))
-        .map(|(values, bytes)| decode_chunk(dtype, bytes, values))
-        .reduce(|| true, |left, right| left & right);
-    (values, finite)
-}
-
-fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
+pub(super) fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
     let mut finite = true;
     match dtype {
         Dtype::F32 => {

@@ -17,7 +17,13 @@ pub(super) fn fingerprint(reader: &CheckpointReader) -> Result<String> {
     // Parallel over tensors, and inside each: a checkpoint has both many small and few huge ones.
     let contents = names
         .par_iter()
-        .map(|name| Ok(*blake3::Hasher::new().update_rayon(reader.stored_bytes(name)?).finalize().as_bytes()))
+        .map(|name| {
+            let mut hasher = blake3::Hasher::new();
+            reader.each_piece(name, |bytes| {
+                hasher.update_rayon(bytes);
+            })?;
+            Ok(*hasher.finalize().as_bytes())
+        })
         .collect::<Result<Vec<[u8; 32]>>>()?;
 
     let mut hasher = blake3::Hasher::new();

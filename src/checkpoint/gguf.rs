@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Number, Value};
 
 use super::dtype::{Dtype, TensorInfo, byte_count};
-use super::mapped::{self, MappedTensors, StoredTensor};
+use super::tensor_file::{self, StoredTensor, TensorFile};
 use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -63,7 +63,7 @@ const TYPES: [(u32, &str, Option<Dtype>); 34] = [
 #[derive(Debug)]
 pub struct GgufFile {
     metadata: Metadata,
-    tensors: MappedTensors,
+    tensors: TensorFile,
 }
 
 /// The key-value pairs of a GGUF file, with readers whose errors name file and key.
@@ -80,11 +80,11 @@ pub struct Metadata {
 /// of a type that is not implemented, or one whose place and size do not fit the file.
 pub fn read_gguf(path: impl AsRef<Path>) -> Result<GgufFile> {
     let path = path.as_ref();
-    let map = mapped::map(path, ".gguf")?;
-    let (pairs, tensors) = parse(path, &map)?;
+    let file = tensor_file::open(path, ".gguf")?;
+    let (pairs, tensors) = parse(path, &file.map)?;
     Ok(GgufFile {
         metadata: Metadata { path: path.to_path_buf(), pairs },
-        tensors: MappedTensors::new(path, map, tensors),
+        tensors: TensorFile::new(path, file, tensors),
     })
 }
 
@@ -117,7 +117,7 @@ impl GgufFile {
         self.tensors.load_f32(name, shape)
     }
 
-    pub(super) fn into_parts(self) -> (Metadata, MappedTensors) {
+    pub(super) fn into_parts(self) -> (Metadata, TensorFile) {
         (self.metadata, self.tensors)
     }
 }

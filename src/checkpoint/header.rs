@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::dtype::{Dtype, TensorInfo, byte_count};
-use super::mapped::StoredTensor;
+use super::tensor_file::StoredTensor;
 use crate::error::{Error, Result};
 
 /// Longest header accepted, the limit of the format's own implementation.

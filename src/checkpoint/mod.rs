@@ -1,4 +1,4 @@
-//! Checkpoints: memory-mapped lazy reading, and writing as Hugging Face safetensors directories.
+//! Checkpoints: lazy reading, and writing as Hugging Face safetensors directories.
 //!
 //! What is read is a Hugging Face directory, with weights in BF16, F16, F32 or scaled FP8; a directory with Meta's names;
 //! or a GGUF file. All are presented alike: a configuration in Hugging Face's words, tensors under its names, values as
@@ -32,7 +32,6 @@ mod gguf_models;
 mod header;
 mod hugging_face;
 mod index;
-mod mapped;
 mod meta;
 mod open;
 mod quantization;
@@ -40,6 +39,7 @@ mod reader;
 mod safetensors_file;
 mod safetensors_writer;
 mod steps;
+mod tensor_file;
 mod train_state;
 mod writer;
 

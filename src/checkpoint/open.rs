@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use super::assembly::StoredTensors;
 use super::gguf::{Metadata, read_gguf};
-use super::mapped::MappedTensors;
 use super::quantization::Quantization;
 use super::reader::CheckpointReader;
 use super::safetensors_file::read_safetensors;
+use super::tensor_file::TensorFile;
 use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, gguf_models, hugging_face, index, meta, quantization};
 use crate::durable;
 use crate::error::{Error, Result};
@@ -90,7 +90,7 @@ pub fn read_configuration(path: &Path) -> Result<(PathBuf, Value)> {
 fn open_gguf(path: &Path) -> Result<CheckpointReader> {
     let (metadata, first) = read_gguf(path)?.into_parts();
     let mut stored = StoredTensors { path: path.to_path_buf(), files: vec![], file_of: BTreeMap::new() };
-    let mut add = |file: MappedTensors| {
+    let mut add = |file: TensorFile| {
         let number = stored.files.len();
         if let Some(name) = file.names().find(|name| stored.file_of.contains_key(*name)) {
             return Err(file.error(name, "is in an earlier part of the model too".into(), "download the parts again"));
@@ -136,7 +136,7 @@ fn other_parts(path: &Path, metadata: &Metadata) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
-fn open_single(file: &Path) -> Result<(Vec<MappedTensors>, BTreeMap<String, usize>)> {
+fn open_single(file: &Path) -> Result<(Vec<TensorFile>, BTreeMap<String, usize>)> {
     let file = read_safetensors(file)?.into_tensors();
     let file_of = file.names().map(|name| (name.to_string(), 0)).collect();
     Ok((vec![file], file_of))
@@ -165,8 +165,8 @@ fn names_in(dir: &Path) -> impl Iterator<Item = String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned())
 }
 
-fn open_shards(dir: &Path) -> Result<(Vec<MappedTensors>, BTreeMap<String, usize>)> {
-    let mut files: Vec<MappedTensors> = vec![];
+fn open_shards(dir: &Path) -> Result<(Vec<TensorFile>, BTreeMap<String, usize>)> {
+    let mut files: Vec<TensorFile> = vec![];
     let mut opened: BTreeMap<String, usize> = BTreeMap::new();
     let mut file_of = BTreeMap::new();
     for (tensor, shard) in index::read(dir)? {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::assembly::{Presented, StoredTensors};
-use super::dtype::TensorInfo;
-use super::mapped::missing_tensor;
+use super::dtype::{Dtype, TensorInfo};
+use super::tensor_file::{TensorFile, missing_tensor};
 use super::{fingerprint, open};
 use crate::error::{Error, Result};
 
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 ///
 /// Weights that are stored in FP8 are multiplied by their scales when they are read, and experts that are stored one by
 /// one are read as rows of one stack; see [`CheckpointReader::names`].
-/// Files are memory-mapped and may be read from several threads at once. They must not be shortened meanwhile.
+/// May be read from several threads at once. A file that is shortened meanwhile is an error when it is read.
 #[derive(Debug)]
 pub struct CheckpointReader {
     pub(super) config_path: PathBuf,
@@ -78,20 +78,9 @@ impl CheckpointReader {
         }
     }
 
-    /// The stored bytes of a tensor, straight from the file.
-    ///
-    /// # Errors
-    /// No tensor has this name, or it is put together of several.
-    pub fn raw_bytes(&self, name: &str) -> Result<&[u8]> {
-        match self.presented(name)? {
-            Presented::Stored(tensor) => self.stored.file(tensor)?.raw_bytes(tensor),
-            Presented::Assembled(_) => Err(Error::Tensor {
-                path: self.path().to_path_buf(),
-                tensor: name.into(),
-                problem: "is not stored as one piece".into(),
-                tip: "load its values".into(),
-            }),
-        }
+    /// Whether a tensor is put together, or scaled, while it is read; else it is handed out as it is stored.
+    pub fn is_assembled(&self, name: &str) -> bool {
+        matches!(self.tensors.get(name), Some(Presented::Assembled(_)))
     }
 
     /// All values of a tensor; see [`super::SafetensorsFile::load_f32`].
@@ -109,6 +98,24 @@ impl CheckpointReader {
             Presented::Stored(tensor) => self.stored.file(tensor)?.load_f32_rows(tensor, shape, rows),
             Presented::Assembled(assembly) => assembly.load_rows(&self.stored, name, shape, rows),
         }
+    }
+
+    /// Some rows of a tensor's first axis as they are stored, little-endian, with their type; only their bytes are read, and
+    /// the values are not looked at. `None` for a tensor that [is assembled](Self::is_assembled): its values have to be
+    /// loaded.
+    ///
+    /// # Errors
+    /// As [`CheckpointReader::load_f32_rows`].
+    pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Option<(Dtype, Vec<u8>)>> {
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.stored_rows(tensor, shape, rows).map(Some),
+            Presented::Assembled(_) => Ok(None),
+        }
+    }
+
+    /// Bytes of tensors that were read since the checkpoint was opened, its fingerprint's among them.
+    pub fn bytes_read(&self) -> u64 {
+        self.stored.files.iter().map(TensorFile::bytes_read).sum()
     }
 
     /// All values of a tensor of integers; see [`super::SafetensorsFile::load_i64`].
@@ -131,7 +138,7 @@ impl CheckpointReader {
 
     /// Bytes of all that is stored together, scales included.
     pub fn byte_count(&self) -> u64 {
-        self.stored_names().map(|name| self.stored_bytes(name).map_or(0, |bytes| bytes.len() as u64)).sum()
+        self.stored_names().map(|name| self.stored.file(name).and_then(|file| file.byte_count(name)).unwrap_or(0)).sum()
     }
 
     /// BLAKE3, in hexadecimal, of the configuration's meaning and of every stored tensor's name, type, shape and
@@ -159,8 +166,9 @@ impl CheckpointReader {
         self.stored.info(name)
     }
 
-    pub(super) fn stored_bytes(&self, name: &str) -> Result<&[u8]> {
-        self.stored.file(name)?.raw_bytes(name)
+    /// Gives all bytes of a stored tensor to `take`, in order, a few MiB at a time.
+    pub(super) fn each_piece(&self, name: &str, take: impl FnMut(&[u8])) -> Result<()> {
+        self.stored.file(name)?.each_piece(name, take)
     }
 
     fn presented(&self, name: &str) -> Result<&Presented> {

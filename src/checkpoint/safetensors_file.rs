@@ -1,4 +1,4 @@
-//! One memory-mapped safetensors file.
+//! One safetensors file.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -6,15 +6,16 @@ use std::path::Path;
 
 use super::dtype::TensorInfo;
 use super::header;
-use super::mapped::{self, MappedTensors};
+use super::tensor_file::{self, TensorFile};
 use crate::error::Result;
 
 /// An open `.safetensors` file. Its header is checked; its data stays on disk until a tensor is asked for.
 ///
-/// The file must not be shortened while it is open: reading a page that is gone ends the process.
+/// A file that is shortened while it is open is an error when a tensor is loaded; [`SafetensorsFile::raw_bytes`] alone
+/// hands out mapped memory, and reading a page of it that is gone ends the process.
 #[derive(Debug)]
 pub struct SafetensorsFile {
-    tensors: MappedTensors,
+    tensors: TensorFile,
     metadata: BTreeMap<String, String>,
 }
 
@@ -24,13 +25,13 @@ pub struct SafetensorsFile {
 /// A missing, truncated or malformed file, and a tensor whose type, shape and place in the file do not agree.
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<SafetensorsFile> {
     let path = path.as_ref();
-    let map = mapped::map(path, ".safetensors")?;
-    let header = header::parse(path, &map)?;
-    Ok(SafetensorsFile { tensors: MappedTensors::new(path, map, header.tensors), metadata: header.metadata })
+    let file = tensor_file::open(path, ".safetensors")?;
+    let header = header::parse(path, &file.map)?;
+    Ok(SafetensorsFile { tensors: TensorFile::new(path, file, header.tensors), metadata: header.metadata })
 }
 
 impl SafetensorsFile {
-    pub(super) fn into_tensors(self) -> MappedTensors {
+    pub(super) fn into_tensors(self) -> TensorFile {
         self.tensors
     }
 

@@ -1,6 +1,7 @@
 //! Linear maps, alone and in stacks of experts, in the two forms that weights have: tensors of any device, which may
 //! be trained, and packed weights on the processor, which may not, and whose products do not depend on the batch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
@@ -11,7 +12,7 @@ use limbeck_kernels::{
     packed_matmul::{self, Order, PackedMatrix},
 };
 
-use super::parameter::{ParameterRef, WeightSource, load};
+use super::parameter::{ParameterRef, WeightSource, load, load_rows};
 use crate::error::Result;
 
 /// Where the weights of a model come from, and what becomes of them.
@@ -40,26 +41,43 @@ impl<'a> Weights<'a> {
     /// # Shapes
     /// - the stored tensor `[outputs, inputs]`
     pub fn linear(&self, name: &str, shape: [usize; 2]) -> Result<Linear> {
+        self.linear_rows(name, shape, 0..shape[0])
+    }
+
+    /// The map to some of the outputs.
+    ///
+    /// # Shapes
+    /// - the stored tensor `[outputs, inputs]`
+    pub fn linear_rows(&self, name: &str, shape: [usize; 2], outputs: Range<usize>) -> Result<Linear> {
         if !self.packed {
-            return Ok(Linear::Tensor(load(self.source, name, shape, self.device)?));
+            return Ok(Linear::Tensor(load_rows(self.source, name, shape, outputs, self.device)?));
         }
-        let stored = self.source.stored(name, &shape)?;
-        let [outputs, inputs] = shape;
-        let packed = PackedMatrix::pack(&stored.bytes, stored.element, Order::OutputMajor, inputs, outputs);
+        let stored = self.source.stored_rows(name, &shape, outputs.clone())?;
+        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len());
         Ok(Linear::Packed(Arc::new(packed)))
     }
 
     /// # Shapes
     /// - the stored tensor `[experts, inputs, outputs]`
     pub fn stack(&self, name: &str, shape: [usize; 3]) -> Result<Stack> {
+        self.stack_rows(name, shape, 0..shape[0])
+    }
+
+    /// Some of the matrices of a stack; read one by one where they are packed.
+    ///
+    /// # Shapes
+    /// - the stored tensor `[experts, inputs, outputs]`
+    pub fn stack_rows(&self, name: &str, shape: [usize; 3], experts: Range<usize>) -> Result<Stack> {
         if !self.packed {
-            return Ok(Stack::Tensor(load(self.source, name, shape, self.device)?));
+            return Ok(Stack::Tensor(load_rows(self.source, name, shape, experts, self.device)?));
         }
-        let stored = self.source.stored(name, &shape)?;
-        let [experts, inputs, outputs] = shape;
-        let each = stored.bytes.chunks(stored.bytes.len() / experts);
-        let pack = |bytes| PackedMatrix::pack(bytes, stored.element, Order::InputMajor, inputs, outputs);
-        Ok(Stack::Packed(each.map(|bytes| Arc::new(pack(bytes))).collect()))
+        let [_, inputs, outputs] = shape;
+        let pack = |expert| {
+            let stored = self.source.stored_rows(name, &shape, expert..expert + 1)?;
+            let packed = stored.pack(Order::InputMajor, inputs, outputs);
+            Ok(Arc::new(packed))
+        };
+        Ok(Stack::Packed(experts.map(pack).collect::<Result<_>>()?))
     }
 }
 

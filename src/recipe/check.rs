@@ -151,14 +151,22 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
     }
     match &recipe.teacher {
         Some(teacher) => {
-            let mode = match teacher.mode {
-                TeacherMode::Resident => None,
-                TeacherMode::Streamed => Some("streamed"),
-                TeacherMode::Remote => Some("remote"),
-            };
-            if let Some(mode) = mode {
-                let problem = format!("is `{mode}`, which this version cannot do");
-                return Err(recipe.error("teacher.mode", problem, "use `resident`"));
+            if teacher.mode == TeacherMode::Remote {
+                let problem = "is `remote`, which this version cannot do";
+                return Err(recipe.error("teacher.mode", problem, "use `resident` or `streamed`"));
+            }
+            let streamed_only = [
+                ("memory", teacher.memory, teacher.memory.is_some()),
+                ("sweep_tokens", teacher.sweep_tokens, teacher.sweep_tokens.is_some()),
+                ("spill", None, teacher.spill.is_some()),
+            ];
+            for (name, value, given) in streamed_only {
+                let key = format!("teacher.{name}");
+                if given && teacher.mode != TeacherMode::Streamed {
+                    let problem = "is for a teacher that is streamed, and this one is resident";
+                    return Err(recipe.error(&key, problem, "remove it, or use teacher.mode = \"streamed\""));
+                }
+                recipe.positive(&key, value.unwrap_or(1))?;
             }
             if teacher.dtype == Dtype::Bf16 {
                 let problem = "is `bf16`, which this version cannot compute in";

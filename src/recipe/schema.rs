@@ -15,6 +15,7 @@ use crate::loss::{Divergence, Tail, Weighting};
 use crate::schedule::{LearningRate, Schedule};
 use crate::selection::Selection;
 use crate::targets::TargetKind;
+use crate::teacher::Spill;
 
 /// A whole recipe, with its defaults filled in and its paths absolute.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,7 +74,7 @@ pub struct DataSection {
 pub struct TeacherSection {
     /// A model directory, a GGUF file or a model on the hub.
     pub checkpoint: PathBuf,
-    /// How the teacher is run. Default `resident`, the one mode of this version.
+    /// How the teacher is run: `resident`, or `streamed` where it is larger than memory. Default `resident`.
     #[serde(default)]
     pub mode: TeacherMode,
     /// The type its weights are computed in. Default `f32`.
@@ -82,6 +83,15 @@ pub struct TeacherSection {
     /// Tokens in one forward pass; at least one whole sequence is always run. Default 4096.
     #[serde(default = "teacher_batch_tokens", deserialize_with = "deserialize_count")]
     pub batch_tokens: u64,
+    /// For `streamed`: memory of the whole program, as `"2GiB"`. Default: three quarters of what is free.
+    #[serde(default, with = "super::memory_key", skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// For `streamed`: most tokens that pass a layer before the next is read. Default: what the memory allows.
+    #[serde(default, deserialize_with = "deserialize_optional_count", skip_serializing_if = "Option::is_none")]
+    pub sweep_tokens: Option<u64>,
+    /// For `streamed`: whether hidden states that do not fit into memory go to a file in the run directory. Default `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spill: Option<Spill>,
 }
 
 /// Where the teacher's weights are while it runs.
@@ -91,7 +101,7 @@ pub enum TeacherMode {
     /// All layers in memory.
     #[default]
     Resident,
-    /// One layer in memory at a time.
+    /// One layer after the other, each over many tokens.
     Streamed,
     /// Behind a server.
     Remote,

@@ -66,7 +66,8 @@ fn assert_logits(model: &Path, golden: &Path, name: &str) {
     assert!(worst <= LOGITS, "a logit is {worst} off");
 }
 
-/// Stacks are read one expert at a time to the same values as whole, and matrices by rows.
+/// Stacks are read one expert at a time to the same values as whole, and matrices by rows; one expert without a byte of
+/// the others.
 fn assert_rows(reader: &CheckpointReader) {
     for name in reader.names() {
         let shape = reader.info(name).unwrap().shape.clone();
@@ -75,6 +76,18 @@ fn assert_rows(reader: &CheckpointReader) {
         for range in [0..rows, 0..1, rows / 2..rows, rows - 1..rows, 1..1] {
             let part = reader.load_f32_rows(name, &shape, range.clone()).unwrap();
             assert_eq!(part, whole[range.start * width..range.end * width], "{name}, rows {range:?}");
+        }
+        let bytes_of = |range| {
+            let before = reader.bytes_read();
+            reader.load_f32_rows(name, &shape, range).unwrap();
+            reader.bytes_read() - before
+        };
+        if shape.len() == 3 {
+            let all = bytes_of(0..rows);
+            assert!(all > 0);
+            for expert in 0..rows {
+                assert_eq!(bytes_of(expert..expert + 1) * rows as u64, all, "{name}, expert {expert}");
+            }
         }
     }
 }
