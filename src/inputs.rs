@@ -46,6 +46,7 @@ impl Inputs {
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
+            recipe.check_mesh(teacher)?;
         }
         let teacher_vocab = teacher.as_ref().map(|teacher| teacher.vocab_size);
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;

@@ -25,6 +25,7 @@ mod fingerprint;
 mod header;
 mod index;
 mod reader;
+mod runs;
 mod safetensors_file;
 mod safetensors_writer;
 mod steps;
@@ -33,6 +34,7 @@ mod writer;
 
 pub use dtype::{Dtype, StoredDtype, TensorInfo};
 pub use reader::CheckpointReader;
+pub use runs::Runs;
 pub use safetensors_file::{SafetensorsFile, read_safetensors};
 pub use safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};
 pub use steps::{checkpoint_dir, keep_latest, latest_checkpoint};

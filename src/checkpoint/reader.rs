@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::dtype::{Dtype, TensorInfo};
 use super::safetensors_file::{SafetensorsFile, missing_tensor, read_safetensors};
+use super::runs::Runs;
 use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, fingerprint, index};
 use crate::durable;
 use crate::error::{Error, Result};
@@ -100,6 +101,18 @@ impl CheckpointReader {
     /// Some rows of a tensor's first axis as they are stored; see [`SafetensorsFile::stored_rows`].
     pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<(Dtype, Vec<u8>)> {
         self.file(name)?.stored_rows(name, shape, rows)
+    }
+
+    /// Some numbers of each of some rows of a tensor's first axis as they are stored; see
+    /// [`SafetensorsFile::stored_runs`].
+    pub fn stored_runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        runs: &Runs,
+    ) -> Result<(Dtype, Vec<u8>)> {
+        self.file(name)?.stored_runs(name, shape, rows, runs)
     }
 
     /// Gives all stored bytes of a tensor to `take`, in order, a few MiB at a time.

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::convert;
 use super::dtype::{Dtype, TensorInfo};
 use super::header::{self, StoredTensor};
+use super::runs::Runs;
 use crate::error::{Error, Result};
 use crate::positioned::read_exact_at;
 
@@ -155,6 +156,36 @@ impl SafetensorsFile {
         let (dtype, place) = self.place_of_rows(name, shape, rows)?;
         let mut bytes = vec![0; place.len()];
         self.read(name, &mut bytes, place.start)?;
+        Ok((dtype, bytes))
+    }
+
+    /// Some numbers of each of some rows of the first axis as they are stored, one after the other; only their bytes are
+    /// read.
+    ///
+    /// # Errors
+    /// As [`SafetensorsFile::stored_rows`], and runs beyond a row.
+    pub fn stored_runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        runs: &Runs,
+    ) -> Result<(Dtype, Vec<u8>)> {
+        let (dtype, place) = self.place_of_rows(name, shape, rows.clone())?;
+        let (element, row) = (dtype.bits() as usize / 8, shape[1..].iter().product::<usize>());
+        if runs.each().any(|run| run.start > run.end || run.end > row) {
+            let problem = format!("a row of it has {row} numbers, and more are asked for");
+            return Err(self.error(name, problem, "check that config.json belongs to these weights"));
+        }
+        let mut bytes = vec![0; rows.len() * runs.count() * element];
+        let mut rest = bytes.as_mut_slice();
+        for start in (0..rows.len()).map(|number| place.start + number * row * element) {
+            for run in runs.each() {
+                let (now, later) = rest.split_at_mut(run.len() * element);
+                self.read(name, now, start + run.start * element)?;
+                rest = later;
+            }
+        }
         Ok((dtype, bytes))
     }
 

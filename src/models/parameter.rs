@@ -23,12 +23,34 @@ pub trait WeightSource: Sync {
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         self.load_rows(name, shape, rows).map(Stored::from)
     }
+
+    /// Some numbers of each of some rows of the first axis, one after the other.
+    fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
+        let stored = self.stored_rows(name, shape, rows)?;
+        let row_bytes = shape[1..].iter().product::<usize>() * stored.element.bytes();
+        let bytes = stored.bytes.chunks(row_bytes.max(1)).flat_map(|row| {
+            runs.each().flat_map(|run| {
+                let width = stored.element.bytes();
+                row[run.start * width..run.end * width].iter().copied()
+            })
+        });
+        Ok(Stored { bytes: bytes.collect(), element: stored.element })
+    }
 }
+
+pub use crate::checkpoint::Runs;
 
 /// The numbers of a tensor in some type, little-endian.
 pub struct Stored {
     pub bytes: Vec<u8>,
     pub element: Element,
+}
+
+impl Stored {
+    /// The numbers in f32.
+    pub fn values(&self) -> Vec<f32> {
+        self.element.values(&self.bytes)
+    }
 }
 
 impl From<Vec<f32>> for Stored {
@@ -63,13 +85,7 @@ impl WeightSource for CheckpointWeights<'_> {
 
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         let full_name = format!("{}{name}", self.prefix);
-        let element = match self.reader.info(&full_name)?.dtype {
-            Dtype::F32 => Some(Element::F32),
-            Dtype::Bf16 => Some(Element::Bf16),
-            Dtype::F16 => Some(Element::F16),
-            _ => None,
-        };
-        if let Some(element) = element {
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype) {
             let (_, bytes) = self.reader.stored_rows(&full_name, shape, rows.clone())?;
             if element.all_finite(&bytes) {
                 return Ok(Stored { bytes, element });
@@ -77,6 +93,30 @@ impl WeightSource for CheckpointWeights<'_> {
         }
         // Other types are converted, and what is wrong is said, by the one reader of values.
         self.load_rows(name, shape, rows).map(Stored::from)
+    }
+
+    fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
+        let full_name = format!("{}{name}", self.prefix);
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype) {
+            let (_, bytes) = self.reader.stored_runs(&full_name, shape, rows.clone(), runs)?;
+            if element.all_finite(&bytes) {
+                return Ok(Stored { bytes, element });
+            }
+        }
+        let values = self.load_rows(name, shape, rows)?;
+        let row = shape[1..].iter().product::<usize>().max(1);
+        let cut = values.chunks(row).flat_map(|row| runs.each().flat_map(|run| row[run].iter().copied()));
+        Ok(Stored::from(cut.collect::<Vec<f32>>()))
+    }
+}
+
+/// The types that are handed on as they are stored.
+fn element(dtype: Dtype) -> Option<Element> {
+    match dtype {
+        Dtype::F32 => Some(Element::F32),
+        Dtype::Bf16 => Some(Element::Bf16),
+        Dtype::F16 => Some(Element::F16),
+        _ => None,
     }
 }
 
