@@ -2,11 +2,12 @@
 //!
 //! ```sh
 //! cargo bench --bench streamed -- write DIR [layers] [hidden] [vocab]      # a Scout with random bf16 weights
+//! cargo bench --bench streamed -- read DIR                                 # the weights alone, as one thread reads ahead
 //! cargo bench --bench streamed -- resident DIR [tokens] [sequence]
 //! cargo bench --bench streamed -- streamed DIR MEMORY_MIB [tokens] [sequence] [sweep_tokens] [spill]
 //! ```
-//! Each in a process of its own, because a process's peak of memory stays. Without arguments all three run on a small
-//! model, to show that they work.
+//! Each in a process of its own, because a process's peak of memory stays. Without arguments all run on a small model, to
+//! show that they work. `benches/streamed.sh` runs them on a large one, and `benches/peers/streamed_picture.py` draws it.
 
 use std::path::Path;
 use std::sync::{Arc, atomic::AtomicBool};
@@ -17,8 +18,11 @@ use limbeck::{
     Result,
     checkpoint::{CheckpointReader, CheckpointWriter, StoredDtype, TensorSpec},
     models::{
-        DecoderConfig,
+        DecoderConfig, Expert, RoutedLayer,
+        config::FeedForwardConfig,
+        ends::HeadBlock,
         llama4::{Llama4Config, shapes},
+        parameter::CheckpointWeights,
         read_config,
     },
     selection::Selection,
@@ -38,6 +42,7 @@ fn main() -> Result<()> {
     let dir = || Path::new(&arguments[1]);
     match arguments.first().map(String::as_str) {
         Some("write") => write(dir(), number(2, 8), number(3, 2560), number(4, 32_768)),
+        Some("read") => read(dir()),
         Some("resident") => resident(dir(), number(2, 8192), number(3, 512)),
         Some("streamed") => {
             let spill = match arguments.get(6).map(String::as_str) {
@@ -52,6 +57,7 @@ fn main() -> Result<()> {
             let folder = tempfile::tempdir().expect("a temporary folder");
             let dir = folder.path().join("teacher");
             write(&dir, 2, 640, 2048)?;
+            read(&dir)?;
             resident(&dir, 1024, 128)?;
             streamed(&dir, 1024, 1024, 128, Some(512), Spill::Auto)
         }
@@ -151,6 +157,35 @@ fn sequences(vocab: usize, tokens: usize, length: usize) -> Vec<PackedSequence> 
         .collect()
 }
 
+/// Loads every part of the model once, on one thread, and drops it.
+fn read(dir: &Path) -> Result<()> {
+    let reader = CheckpointReader::open(dir)?;
+    let config = read_config(&dir.join("config.json"), reader.config())?;
+    let (source, device) = (CheckpointWeights::new(&reader), Device::flex());
+    let all = || -> Result<()> {
+        for (index, layer) in config.layers.iter().enumerate() {
+            drop(RoutedLayer::load(&config, index, &source, &device)?);
+            if let FeedForwardConfig::Experts { expert_count, .. } = layer.feed_forward {
+                for expert in 0..expert_count {
+                    drop(Expert::load(&config, index, expert, &source, &device)?);
+                }
+            }
+        }
+        drop(HeadBlock::load(&config, 0..config.vocab_size, &source, &device)?);
+        Ok(())
+    };
+    let thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    let (began, before) = (Instant::now(), reader.bytes_read());
+    thread.install(all)?;
+    let (bytes, seconds) = (reader.bytes_read() - before, began.elapsed().as_secs_f64());
+    println!(
+        "{{\"bench\": \"read\", \"bytes_read\": {bytes}, \"bytes_per_second\": {:.0}, \"peak_mib\": {}}}",
+        bytes as f64 / seconds,
+        peak_mib()
+    );
+    Ok(())
+}
+
 const SELECTION: Selection = Selection::TopK { k: 64 };
 
 fn resident(dir: &Path, tokens: usize, length: usize) -> Result<()> {
@@ -196,7 +231,7 @@ fn streamed(
     let mut teacher = StreamedTeacher::new(config, reader, &Device::flex(), SELECTION, &[1.0], length, settings)?;
     let numbered: Vec<(u64, &PackedSequence)> = (0..).zip(&sequences).collect();
     let (mut digest, began) = (blake3::Hasher::new(), Instant::now());
-    teacher.targets(&numbered, &AtomicBool::new(false), &mut |_, targets| {
+    teacher.targets(&numbered, false, &AtomicBool::new(false), &mut |_, targets| {
         note(&mut digest, &targets);
         Ok(())
     })?;

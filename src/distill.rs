@@ -192,6 +192,8 @@ impl Run<'_> {
                 tokens_seen: None,
                 tokens_per_second: None,
             });
+        }
+        if self.caches.held_out.is_some() && self.recipe.has_soft_targets() {
             let summary = self.caches.train.summary()?;
             report.histograms = cache_page::histograms(&summary);
             report.cache = Some(self.cache_facts(&summary));

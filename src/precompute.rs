@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 
@@ -120,7 +120,7 @@ fn serve(recipe: &Recipe, options: &RunOptions, world: &dyn Collective) -> Resul
     let section = recipe.teacher.as_ref().expect("a mesh is the teacher's");
     let settings = || {
         let reader = CheckpointReader::open(&section.checkpoint)?;
-        let config = read_config(&section.checkpoint.join("config.json"), reader.config())?;
+        let config = read_config(reader.config_path(), reader.config())?;
         recipe.check_selection(config.vocab_size)?;
         recipe.check_mesh(&config)?;
         let device = options.device_numbered(launch::local_rank().unwrap_or(world.rank()))?;
@@ -133,9 +133,13 @@ fn serve(recipe: &Recipe, options: &RunOptions, world: &dyn Collective) -> Resul
 
 /// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
 pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Caches> {
+    if recipe.cache.train.is_some() {
+        return open(inputs);
+    }
     let mut caches = vec![];
     if mesh_of(recipe).is_some() && launch::one_of_several() {
-        let problem = "has several devices, and this is one of several processes, of which only one can go on after the teacher";
+        let problem =
+            "has several devices, and this is one of several processes, of which only one can go on after the teacher";
         let tip = "run `limbeck precompute-teacher-logits` with mpirun or srun first, and then this without them";
         return Err(recipe.error("teacher.mesh", problem, tip));
     }
@@ -167,6 +171,13 @@ fn fill_part(
     options: &RunOptions,
     world: Option<&Rc<dyn Collective>>,
 ) -> Result<Vec<(PathBuf, Filled)>> {
+    if recipe.cache.train.is_some() {
+        return Err(Error::Recipe {
+            path: recipe.path().to_path_buf(),
+            problem: "`cache.train` names a finished cache, so there is nothing to compute".into(),
+            tip: "train on it, with `limbeck distill`".into(),
+        });
+    }
     // First what costs nothing: the share that is held out may take a reading of all the text, and the teacher's
     // fingerprint one of all its weights.
     inputs.check_text(recipe)?;
@@ -178,6 +189,11 @@ fn fill_part(
 
 /// The caches as a finished run left them, without computing anything.
 pub fn open(inputs: &Inputs) -> Result<Caches> {
+    let captured = &inputs.plan.recipe.cache;
+    if let Some(train) = &captured.train {
+        let held_out = captured.held_out.as_ref().map(CacheReader::open).transpose()?;
+        return Ok(Caches { train: CacheReader::open(train)?, held_out });
+    }
     let expectation = Expectation {
         tokenizer_fingerprint: Some(inputs.tokenizer.fingerprint()),
         seq_len: Some(inputs.data.seq_len),
@@ -200,6 +216,8 @@ struct Filler<'a> {
     /// Loaded when the first missing target asks for it.
     teacher: Option<Teacher>,
     token_bytes: Vec<u32>,
+    /// Time that went into encoding and writing the split that is being filled.
+    writing: Duration,
 }
 
 impl<'a> Filler<'a> {
@@ -235,6 +253,7 @@ impl<'a> Filler<'a> {
             soft_targets,
             teacher: None,
             token_bytes: inputs.tokenizer.token_byte_lengths(),
+            writing: Duration::ZERO,
         })
     }
 
@@ -257,11 +276,18 @@ impl<'a> Filler<'a> {
             cache.expect_settings(&settings)?;
             return Ok((dir, Filled::Whole(Box::new(cache))));
         }
+        let began = Instant::now();
+        self.writing = Duration::ZERO;
         let mut writer = CacheWriter::create_or_resume(&dir, settings, self.options.part)?;
         if !writer.is_finished() {
             self.write(split, &dir, loader, &mut writer)?;
         }
-        let filled = match writer.finish_part()? {
+        let finishing = Instant::now();
+        let outcome = writer.finish_part()?;
+        let (writing, whole) = (self.writing + finishing.elapsed(), began.elapsed());
+        let share = 100.0 * writing.as_secs_f64() / whole.as_secs_f64();
+        tracing::debug!("{}: {share:.2}% of {:.1} s went into writing", dir.display(), whole.as_secs_f64());
+        let filled = match outcome {
             Outcome::Missing(missing) => Filled::Part(missing),
             Outcome::Finished(manifest) => {
                 tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
@@ -380,7 +406,8 @@ impl<'a> Filler<'a> {
                     last.position = Some(serde_json::to_value(loader.position()).expect("a position is plain data"));
                 }
             }
-            if !self.compute(split, reuse, &asked, writer, progress)? {
+            let more = !ended && loader.sequence_limit().is_none_or(|limit| given < limit);
+            if !self.compute(split, reuse, &asked, more, writer, progress)? {
                 continue;
             }
             if ended {
@@ -409,13 +436,14 @@ impl<'a> Filler<'a> {
         Ok(ranges)
     }
 
-    /// Pushes sequences with their targets: from other caches where they have them, else from the teacher. Whether all
-    /// of them were pushed, and not only those before a request to stop.
+    /// Pushes sequences with their targets: from other caches where they have them, else from the teacher, which is told
+    /// whether `more` will follow. Whether all of them were pushed, and not only those before a request to stop.
     fn compute(
         &mut self,
         split: &str,
         reuse: &Reuse,
         asked: &[Asked],
+        more: bool,
         writer: &mut CacheWriter,
         progress: &Progress,
     ) -> Result<bool> {
@@ -427,14 +455,18 @@ impl<'a> Filler<'a> {
                 }
             }
         }
-        let token_bytes = &self.token_bytes;
+        let selection = self.selection(split);
+        let (token_bytes, writing) = (&self.token_bytes, &mut self.writing);
         let mut push_one = |asked: &Asked, targets: Option<SparseTargets>| {
             // Another writer may have finished the cache meanwhile.
             if writer.next_push()? == Next::Sequence(asked.number) {
                 if let Some(position) = &asked.position {
                     writer.set_position(asked.number + 1, position.clone());
                 }
-                writer.push(asked.sequence.clone(), targets, text_bytes(token_bytes, &asked.sequence))?;
+                let bytes = text_bytes(token_bytes, &asked.sequence);
+                let began = Instant::now();
+                writer.push(asked.sequence.clone(), targets, bytes)?;
+                *writing += began.elapsed();
                 progress.advance(asked.sequence.seq_len() as u64);
             }
             Ok(())
@@ -453,7 +485,7 @@ impl<'a> Filler<'a> {
             Ok(())
         };
         if !missing.is_empty() {
-            let (selection, stop) = (self.selection(split), self.options.stop.clone());
+            let stop = self.options.stop.clone();
             let numbered: Vec<(u64, &PackedSequence)> =
                 missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
             let (recipe, inputs, options, device) = (self.recipe, self.inputs, self.options, &self.device);
@@ -475,7 +507,7 @@ impl<'a> Filler<'a> {
                 Teacher::Streamed(teacher) => {
                     teacher.set_selection(selection)?;
                     let give = &mut |place: usize, targets| push(missing[place], Some(targets));
-                    if !teacher.targets(&numbered, &stop, give)? {
+                    if !teacher.targets(&numbered, more, &stop, give)? {
                         return Ok(false);
                     }
                 }
@@ -494,7 +526,7 @@ impl<'a> Filler<'a> {
     }
 
     fn teacher(&mut self) -> Result<&mut Teacher> {
-let (recipe, inputs, options, device) = (self.recipe, self.inputs, self.options, &self.device);
+        let (recipe, inputs, options, device) = (self.recipe, self.inputs, self.options, &self.device);
         teacher_of(&mut self.teacher, recipe, inputs, options, &self.teacher_reader, device, self.world)
     }
 }

@@ -1,10 +1,10 @@
 //! A teacher divided over several devices gives what it gives on one; each device reads its own part of the weights; and
 //! a device that fails ends the run without anything wrong sealed.
 //!
-//! Meshes without a `tensor` axis give the same bits on the processor. With one, sums are added up in parts, so
-//! log-probabilities are compared to 1e-5 relative (absolute below 1), and kept ids may differ only where their
-//! log-probability is within [`TIE`] of the smallest that is kept.
+//! Meshes without a `tensor` axis give the same bits on the processor. With one, sums are added up in parts, and targets
+//! are compared as `sharded_run` says.
 
+mod sharded_run;
 mod small_run;
 
 use std::cell::Cell;
@@ -15,25 +15,21 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use limbeck::cache::CacheReader;
 use limbeck::checkpoint::{CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors};
 use limbeck::models::llama4::Llama4Config;
-use limbeck::models::{DecoderConfig, RandomWeights, Decoder, read_config};
+use limbeck::models::{Decoder, DecoderConfig, RandomWeights, read_config};
 use limbeck::parallel::{Collective, Mesh, Operation, in_process};
 use limbeck::selection::Selection;
-use limbeck::targets::{PackedSequence, SparseTargets, TargetSource};
+use limbeck::targets::{PackedSequence, SparseTargets};
 use limbeck::teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, sharded};
 use limbeck::train::trainer::write_model;
 use limbeck::{Error, Result, precompute};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use sharded_run::*;
 use small_run::*;
 
 const LENGTH: usize = 32;
-/// How far below the smallest kept log-probability, or above it, an id may be kept by one and not by the other.
-const TIE: f32 = 1e-4;
-const CLOSE: f32 = 1e-5;
-
 const ONE: Mesh = Mesh { expert: 1, tensor: 1, pipeline: 1, data: 1 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -76,18 +72,6 @@ fn numbered(sequences: &[PackedSequence]) -> Vec<(u64, &PackedSequence)> {
     (5..).zip(sequences).collect()
 }
 
-/// A Llama 4 whose sizes divide by 2, 3 and 4: twelve heads on six key heads, twelve experts.
-fn divisible(layers: usize, vocab_size: usize, chosen: usize) -> Llama4Config {
-    Llama4Config {
-        hidden_size: 48,
-        num_attention_heads: 12,
-        num_key_value_heads: 6,
-        num_local_experts: 12,
-        num_experts_per_tok: chosen,
-        ..scout(layers, vocab_size)
-    }
-}
-
 /// A dense model of the Llama family with these keys beside what all have.
 fn write_dense(dir: &Path, more: serde_json::Value) {
     let mut json = serde_json::json!({
@@ -99,41 +83,6 @@ fn write_dense(dir: &Path, more: serde_json::Value) {
     let weights = RandomWeights { seed: 11, std: 0.2 };
     let mut model = Decoder::load(config, &weights, &Device::flex()).unwrap();
     write_model(&mut model, dir, &EXPORT, &[], None).unwrap();
-}
-
-/// Compares targets, by the rules that stand at the head of this file.
-fn assert_close(what: &str, found: &SparseTargets, expected: &SparseTargets) {
-    assert_eq!(found.row_count(), expected.row_count(), "{what}");
-    let near = |a: f32, b: f32| a == b || (a - b).abs() <= CLOSE * b.abs().max(1.0);
-    let mut others = 0;
-    for row in 0..found.row_count() {
-        let (found, expected) = (found.slice(row, row + 1), expected.slice(row, row + 1));
-        let what = format!("{what}, row {row}");
-        for (a, b) in found.captures.iter().zip(&expected.captures) {
-            assert!(near(a.label_log_prob[0], b.label_log_prob[0]), "{what}: {a:?} {b:?}");
-        }
-        let (a, b) = (found.log_normalizer.as_ref().unwrap()[0], expected.log_normalizer.as_ref().unwrap()[0]);
-        assert!(near(a, b), "{what}: normaliser {a} {b}");
-        let log_probs = |targets: &SparseTargets, capture: usize| -> BTreeMap<u32, f32> {
-            targets.ids.iter().copied().zip(targets.captures[capture].log_probs.iter().copied()).collect()
-        };
-        let (ours, theirs) = (log_probs(&found, 0), log_probs(&expected, 0));
-        if ours.keys().eq(theirs.keys()) {
-            for (number, (a, b)) in found.captures.iter().zip(&expected.captures).enumerate() {
-                let (ours, theirs) = (log_probs(&found, number), log_probs(&expected, number));
-                assert!(ours.values().zip(theirs.values()).all(|(a, b)| near(*a, *b)), "{what}: {ours:?} {theirs:?}");
-                assert!(near(a.log_tail[0], b.log_tail[0]), "{what}: tails {} {}", a.log_tail[0], b.log_tail[0]);
-            }
-            continue;
-        }
-        others += 1;
-        let drawn = expected.kind == limbeck::targets::TargetKind::Sampled;
-        let border = theirs.values().copied().fold(f32::INFINITY, f32::min);
-        for (id, log_prob) in ours.iter().filter(|(id, _)| !theirs.contains_key(id)) {
-            assert!(drawn || (log_prob - border).abs() < TIE, "{what}: id {id} at {log_prob}, border {border}");
-        }
-    }
-    assert!(others * 100 <= found.row_count(), "{what}: {others} of {} rows keep other ids", found.row_count());
 }
 
 fn joined(all: &[SparseTargets]) -> SparseTargets {
@@ -366,32 +315,13 @@ fn uneven_loads_and_one_expert_that_takes_all_are_right() {
     }
 }
 
-/// A run whose teacher divides by 2, 3 and 4.
-fn small_run() -> SmallRun {
-    let small = SmallRun::new();
-    write_random(divisible(4, small.vocab_size, 1), &small.path("teacher"), 5);
-    small
-}
-
-/// A cache made by a recipe with these overrides.
-fn cache(small: &SmallRun, run: &str, overrides: &[&str]) -> PathBuf {
-    precompute::run(&small.recipe(overrides), &small.options(run)).unwrap()
-}
-
-fn all_targets(cache: &Path) -> SparseTargets {
-    let cache = CacheReader::open(cache).unwrap();
-    let numbers: Vec<u64> = (0..cache.sequence_count()).collect();
-    cache.read(&numbers).unwrap().targets.unwrap()
-}
-
 #[test]
 fn the_cache_of_a_teacher_on_several_devices_is_that_of_one() {
     let small = small_run();
     let expected = cache(&small, "resident", &[]);
     let bytes = files(&expected);
-    for (number, mesh) in ["{ expert = 4 }", "{ pipeline = 3 }", "{ data = 2 }", "{ expert = 2, pipeline = 2 }"]
-        .into_iter()
-        .enumerate()
+    for (number, mesh) in
+        ["{ expert = 4 }", "{ pipeline = 3 }", "{ data = 2 }", "{ expert = 2, pipeline = 2 }"].into_iter().enumerate()
     {
         let found = cache(&small, &format!("same{number}"), &[&format!("teacher.mesh={mesh}")]);
         assert!(files(&found) == bytes, "{mesh}");
@@ -460,7 +390,8 @@ fn a_rank_that_finds_its_weights_damaged_ends_the_run_and_seals_nothing() {
     let message = precompute::run(&small.recipe(&overrides), &small.options("run")).unwrap_err().to_string();
     assert!(
         message.starts_with("rank 3 failed, seen by rank 0 in ")
-            && message.contains("tensor `model.layers.3.feed_forward.experts.down_proj`: contains NaN or infinite values")
+            && message
+                .contains("tensor `model.layers.3.feed_forward.experts.down_proj`: contains NaN or infinite values")
             && message.ends_with("; download it again, or go back to an earlier checkpoint"),
         "{message}"
     );

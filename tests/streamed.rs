@@ -80,7 +80,7 @@ fn run_streamed(
         all.push(targets);
         Ok(())
     };
-    assert!(teacher.targets(&numbered, &AtomicBool::new(false), give).unwrap());
+    assert!(teacher.targets(&numbered, false, &AtomicBool::new(false), give).unwrap());
     (all, teacher.counts())
 }
 
@@ -111,6 +111,12 @@ fn every_memory_sweep_and_file_gives_the_resident_teachers_bits() {
         fixture("llama4/scout_tiny"),
         fixture("llama4/maverick_tiny"),
         fixture("llama4/scout_tiny_bf16_sharded"),
+        fixture("llama4/maverick_tiny_meta_native"),
+        fixture("quantised/fp8_blocks"),
+        fixture("quantised/fp8_channels"),
+        fixture("quantised/fp8_fused"),
+        fixture("gguf/llama.gguf"),
+        fixture("gguf/llama4.gguf"),
         two,
     ];
     for checkpoint in &checkpoints {
@@ -235,8 +241,14 @@ fn parts_and_other_teachers_modes_make_one_cache_together() {
 
 #[test]
 fn experts_that_nobody_chose_are_not_read_and_each_other_one_once() {
+    for chosen in [1, 3] {
+        experts_are_read_once(chosen);
+    }
+}
+
+fn experts_are_read_once(chosen: usize) {
     let folder = tempfile::tempdir().unwrap();
-    let config = Llama4Config { num_local_experts: 8, ..scout(3, 300) };
+    let config = Llama4Config { num_local_experts: 8, num_experts_per_tok: chosen, ..scout(3, 300) };
     let hidden = config.hidden_size as u64;
     let expert_bytes = 3 * hidden * config.intermediate_size as u64 * 4;
     let (dir, sequences) = (folder.path().join("teacher"), sequences(300, 10));
@@ -254,20 +266,41 @@ fn experts_that_nobody_chose_are_not_read_and_each_other_one_once() {
         assert_eq!(counts.experts_read + counts.experts_left_out, 2 * 3 * 8);
         (counts.bytes_read, counts.experts_read)
     };
-    // Ties go to the first expert: it takes all tokens.
-    let (one_bytes, one) = bytes_of(&mut |_, row| row.fill(0.0));
-    assert_eq!(one, 2 * 3, "one expert in each layer and sweep");
-    // Experts 2 and 5 of each layer share the tokens by a sign.
-    let (two_bytes, two) = bytes_of(&mut |expert, row| {
-        row.fill(0.0);
-        row[0] = match expert {
-            2 => 1.0,
-            5 => -1.0,
-            _ => 0.0,
-        };
-    });
-    assert_eq!(two, 2 * 3 * 2);
-    assert_eq!(two_bytes - one_bytes, 2 * 3 * expert_bytes, "what one more expert has, and nothing beside it");
+    // Ties go to the first experts: they take all tokens.
+    let (least_bytes, least) = bytes_of(&mut |_, row| row.fill(0.0));
+    assert_eq!(least, 2 * 3 * chosen as u64, "in each layer and sweep");
+    let check = |what: &str, (bytes, read): (u64, u64)| {
+        assert!((least..=2 * 3 * 8).contains(&read), "{what}: {read}");
+        assert_eq!(
+            bytes - least_bytes,
+            (read - least) * expert_bytes,
+            "{what}: what the others have, and nothing beside"
+        );
+        read
+    };
+    if chosen == 1 {
+        // Experts 2 and 5 of each layer share the tokens by a sign.
+        let two = bytes_of(&mut |expert, row| {
+            row.fill(0.0);
+            row[0] = match expert {
+                2 => 1.0,
+                5 => -1.0,
+                _ => 0.0,
+            };
+        });
+        assert_eq!(check("two", two), 2 * 3 * 2);
+    }
+    // Loads of all kinds: even ones, and some experts much more often chosen than others, which may have no token at all.
+    let mut random = ChaCha8Rng::seed_from_u64(chosen as u64);
+    let mut reads = vec![];
+    for bias in [0.0, 0.5, 4.0, 4.0, 30.0, 30.0] {
+        let load = bytes_of(&mut |_, row| {
+            let all: f32 = bias * random.random_range(-1.0..1.0);
+            row.iter_mut().for_each(|weight| *weight = random.random_range(-1.0..1.0) + all);
+        });
+        reads.push(check(&format!("loads uneven by {bias}"), load));
+    }
+    assert!(reads[0] > reads[5], "some have none when loads are uneven: {reads:?}");
 }
 
 /// Changes the routers of a checkpoint row by row, that is, expert by expert.
@@ -426,13 +459,98 @@ fn a_stopped_teacher_gives_what_it_gave_and_says_so() {
     let numbered: Vec<(u64, &PackedSequence)> = (0..).zip(&sequences).collect();
     let stop = AtomicBool::new(false);
     let mut given = 0;
-    let finished = teacher.targets(&numbered, &stop, &mut |_, _| {
+    let finished = teacher.targets(&numbered, false, &stop, &mut |_, _| {
         given += 1;
         stop.store(given >= 3, Ordering::Relaxed);
         Ok(())
     });
     assert!(!finished.unwrap());
     assert!((3..6).contains(&given), "{given}");
+}
+
+#[test]
+fn what_is_read_ahead_for_sequences_to_come_is_used_or_dropped() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama4/scout_tiny", "llama3_tiny"] {
+        let checkpoint = fixture(name);
+        let vocab = config_of(&CheckpointReader::open(&checkpoint).unwrap(), &checkpoint).vocab_size;
+        let sequences = sequences(vocab, 6);
+        let sweeps_of_two = || StreamSettings { sweep_tokens: Some(64), ..settings(PLENTY, folder.path()) };
+        let (expected, counts) = run_streamed(&checkpoint, Selection::TopK { k: 8 }, &sequences, sweeps_of_two());
+
+        let mut teacher = streamed(&checkpoint, Selection::TopK { k: 8 }, sweeps_of_two()).unwrap();
+        let numbered: Vec<(u64, &PackedSequence)> = (5..).zip(&sequences).collect();
+        let mut found = vec![];
+        for (first, more) in [(0, true), (2, true), (4, false)] {
+            let give = &mut |_, targets| {
+                found.push(targets);
+                Ok(())
+            };
+            let asked = &numbered[first..first + 2];
+            assert!(teacher.targets(asked, more, &AtomicBool::new(false), give).unwrap());
+        }
+        assert!(found == expected, "{name}");
+        assert_eq!(teacher.counts(), counts, "{name}: no byte is read twice");
+
+        // A sweep that ends early leaves something else behind than what the next one begins with.
+        let stop = AtomicBool::new(false);
+        let stopped = teacher.targets(&numbered, true, &stop, &mut |_, _| {
+            stop.store(true, Ordering::Relaxed);
+            Ok(())
+        });
+        assert!(!stopped.unwrap());
+        let failed = teacher.targets(&numbered, true, &AtomicBool::new(false), &mut |place, _| match place {
+            3 => Err(Error::usage("enough", "stop")),
+            _ => Ok(()),
+        });
+        assert!(failed.unwrap_err().to_string().starts_with("enough"));
+        found.clear();
+        let give = &mut |_, targets| {
+            found.push(targets);
+            Ok(())
+        };
+        assert!(teacher.targets(&numbered, false, &AtomicBool::new(false), give).unwrap());
+        assert!(found == expected, "{name}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_streamed_run_with_what_is_sealed_and_the_same_command_goes_on_to_the_same_bytes() {
+    use std::process::{Command, Stdio};
+    let small = SmallRun::new();
+    // Sweeps of one sequence, so that there is time to interrupt it.
+    let overrides = ["cache.sequences_per_shard=9", STREAMED, "teacher.sweep_tokens=32", "data.tokens=20k"];
+    let arguments: Vec<&str> = overrides.iter().flat_map(|word| ["--set", word]).collect();
+    let (recipe, run_dir) = (small.path("recipe.toml"), small.path("run"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_limbeck"))
+        .args(["precompute-teacher-logits", recipe.to_str().unwrap(), "--run-dir", run_dir.to_str().unwrap()])
+        .args(&arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let first = run_dir.join("cache/train/shards/00000.safetensors");
+    while !first.exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it sealed anything");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(130), &b""[..]), "{stderr}");
+    let train = run_dir.join("cache/train");
+    let end = format!("error: interrupted; state saved in {}, run the same command again to go on\n", train.display());
+    assert!(stderr.ends_with(&end), "{stderr}");
+    assert!(CacheReader::open(&train).is_err(), "nothing takes it for a finished cache");
+    let sealed = fs::read(&first).unwrap();
+
+    let outcome = small.limbeck("precompute-teacher-logits", &arguments);
+    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+    assert!(fs::read(&first).unwrap() == sealed);
+    let expected = cache(&small, "resident", &["cache.sequences_per_shard=9", "data.tokens=20k"]);
+    assert!(files(&small.path("run/cache")) == expected);
 }
 
 #[test]
@@ -449,7 +567,7 @@ fn a_checkpoint_that_shrinks_while_it_is_read_is_an_error_and_not_the_end() {
     let numbered: Vec<(u64, &PackedSequence)> = (0..).zip(&sequences).collect();
     let mut given = 0;
     let error = teacher
-        .targets(&numbered, &AtomicBool::new(false), &mut |_, _| {
+        .targets(&numbered, false, &AtomicBool::new(false), &mut |_, _| {
             given += 1;
             Ok(())
         })
@@ -466,7 +584,7 @@ fn a_checkpoint_that_shrinks_while_it_is_read_is_an_error_and_not_the_end() {
     assert_eq!(given, 0);
     // Whole again, it goes on.
     fs::write(&path, whole).unwrap();
-    assert!(teacher.targets(&numbered, &AtomicBool::new(false), &mut |_, _| Ok(())).unwrap());
+    assert!(teacher.targets(&numbered, false, &AtomicBool::new(false), &mut |_, _| Ok(())).unwrap());
 }
 
 #[cfg(unix)]
@@ -507,7 +625,7 @@ fn ids_beyond_the_vocabulary_and_other_lengths_are_refused() {
     let mut teacher =
         streamed(&fixture("llama3_tiny"), Selection::TopK { k: 8 }, settings(PLENTY, folder.path())).unwrap();
     let mut refused = |sequence: &PackedSequence| {
-        teacher.targets(&[(4, sequence)], &AtomicBool::new(false), &mut |_, _| Ok(())).unwrap_err().to_string()
+        teacher.targets(&[(4, sequence)], false, &AtomicBool::new(false), &mut |_, _| Ok(())).unwrap_err().to_string()
     };
     let message = refused(&PackedSequence { tokens: vec![9_999_999; 33], segments: vec![0; 33] });
     assert!(message.starts_with("the data has token id 9999999, and the teacher's vocabulary has "), "{message}");

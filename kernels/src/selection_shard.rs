@@ -135,10 +135,8 @@ pub fn keep(shards: &[&Candidates], largest: f32, rule: Rule, first_temperature:
         return Kept::default();
     }
     let log_total_at_one = shards.iter().map(|shard| shard.total_at_one).sum::<f64>().ln();
-    let mut all: Vec<(u32, f32)> = shards
-        .iter()
-        .flat_map(|shard| shard.ids.iter().copied().zip(shard.logits.iter().copied()))
-        .collect();
+    let mut all: Vec<(u32, f32)> =
+        shards.iter().flat_map(|shard| shard.ids.iter().copied().zip(shard.logits.iter().copied())).collect();
     all.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let log_weight = |logit: f32| scaled(logit, largest, first_temperature);
     let count = match rule {
@@ -162,13 +160,7 @@ pub fn keep(shards: &[&Candidates], largest: f32, rule: Rule, first_temperature:
 }
 
 /// What each row of a shard has beside the kept ids.
-pub fn outside(
-    shard: Shard<'_>,
-    largest: &[f32],
-    kept: &[Kept],
-    labels: &[u32],
-    temperatures: &[f32],
-) -> Vec<Outside> {
+pub fn outside(shard: Shard<'_>, largest: &[f32], kept: &[Kept], labels: &[u32], temperatures: &[f32]) -> Vec<Outside> {
     let columns = shard.first_id..shard.first_id + shard.width as u32;
     let of_row = |row: &[f32], largest: f32, kept: &Kept, label: u32| {
         let mut own: Vec<u32> =
@@ -251,7 +243,9 @@ mod tests {
         let bounds = [&[0], cuts, &[vocab]].concat();
         let columns: Vec<(usize, Vec<f32>)> = bounds
             .windows(2)
-            .map(|bounds| (bounds[0], logits.chunks(vocab).flat_map(|row| row[bounds[0]..bounds[1]].to_vec()).collect()))
+            .map(|bounds| {
+                (bounds[0], logits.chunks(vocab).flat_map(|row| row[bounds[0]..bounds[1]].to_vec()).collect())
+            })
             .collect();
         let rows = labels.len();
         let shards: Vec<Shard> = columns
@@ -293,7 +287,8 @@ mod tests {
 
     #[test]
     fn shards_give_what_the_whole_row_gives() {
-        for (vocab, cuts) in [(199, vec![64, 128]), (199, vec![1, 2, 190]), (640, vec![320]), (640, vec![64, 65, 639])] {
+        for (vocab, cuts) in [(199, vec![64, 128]), (199, vec![1, 2, 190]), (640, vec![320]), (640, vec![64, 65, 639])]
+        {
             for scale in [0.5, 20.0, 90.0] {
                 let (count, logits) = (6, rows(vocab, 6, scale, vocab as u64 + scale as u64));
                 let labels: Vec<u32> = (0..count).map(|row| (row * 37 % vocab) as u32).collect();

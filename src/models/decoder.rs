@@ -100,9 +100,9 @@ impl Layer {
     }
 }
 
-fn open_checkpoint(dir: &Path) -> Result<(CheckpointReader, DecoderConfig)> {
-    let reader = CheckpointReader::open(dir)?;
-    let config = read_config(&dir.join("config.json"), reader.config())?;
+fn open_checkpoint(path: &Path) -> Result<(CheckpointReader, DecoderConfig)> {
+    let reader = CheckpointReader::open(path)?;
+    let config = read_config(reader.config_path(), reader.config())?;
     Ok((reader, config))
 }
 
@@ -111,9 +111,9 @@ fn layer_prefix(index: usize) -> String {
 }
 
 impl Decoder {
-    /// Opens a checkpoint directory with all its weights. A tracked device makes the weights trainable.
-    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let (reader, config) = open_checkpoint(dir)?;
+    /// Opens a checkpoint with all its weights. A tracked device makes the weights trainable.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        let (reader, config) = open_checkpoint(path)?;
         Self::load(config, &CheckpointWeights::new(&reader), device)
     }
 

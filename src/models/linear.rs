@@ -53,7 +53,7 @@ impl<'a> Weights<'a> {
             return Ok(Linear::Tensor(load_rows(self.source, name, shape, outputs, self.device)?));
         }
         let stored = self.source.stored_rows(name, &shape, outputs.clone())?;
-        let packed = PackedMatrix::pack(&stored.bytes, stored.element, Order::OutputMajor, shape[1], outputs.len());
+        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len());
         Ok(Linear::Packed(Arc::new(packed)))
     }
 
@@ -74,7 +74,7 @@ impl<'a> Weights<'a> {
         let [_, inputs, outputs] = shape;
         let pack = |expert| {
             let stored = self.source.stored_rows(name, &shape, expert..expert + 1)?;
-            let packed = PackedMatrix::pack(&stored.bytes, stored.element, Order::InputMajor, inputs, outputs);
+            let packed = stored.pack(Order::InputMajor, inputs, outputs);
             Ok(Arc::new(packed))
         };
         Ok(Stack::Packed(experts.map(pack).collect::<Result<_>>()?))

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
-use limbeck_kernels::packed_matmul::Element;
+use limbeck_kernels::packed_matmul::{Element, Order, PackedMatrix};
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
@@ -21,42 +21,65 @@ pub trait WeightSource: Sync {
 
     /// The same numbers as of [`load_rows`](Self::load_rows), if possible as they are stored.
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
-        self.load_rows(name, shape, rows).map(Stored::from)
+        self.load_rows(name, shape, rows).map(Stored::Values)
     }
 
     /// Some numbers of each of some rows of the first axis, one after the other.
     fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
-        let stored = self.stored_rows(name, shape, rows)?;
-        let row_bytes = shape[1..].iter().product::<usize>() * stored.element.bytes();
-        let bytes = stored.bytes.chunks(row_bytes.max(1)).flat_map(|row| {
-            runs.each().flat_map(|run| {
-                let width = stored.element.bytes();
-                row[run.start * width..run.end * width].iter().copied()
-            })
-        });
-        Ok(Stored { bytes: bytes.collect(), element: stored.element })
+        Ok(self.stored_rows(name, shape, rows)?.cut(shape[1..].iter().product(), runs))
     }
 }
 
 pub use crate::checkpoint::Runs;
 
-/// The numbers of a tensor in some type, little-endian.
-pub struct Stored {
-    pub bytes: Vec<u8>,
-    pub element: Element,
+/// The numbers of a tensor, or of some of its rows.
+pub enum Stored {
+    /// Little-endian, in their stored type.
+    Bytes(Vec<u8>, Element),
+    Values(Vec<f32>),
 }
 
 impl Stored {
     /// The numbers in f32.
-    pub fn values(&self) -> Vec<f32> {
-        self.element.values(&self.bytes)
+    pub fn values(self) -> Vec<f32> {
+        match self {
+            Stored::Bytes(bytes, element) => element.values(&bytes),
+            Stored::Values(values) => values,
+        }
     }
-}
 
-impl From<Vec<f32>> for Stored {
-    fn from(values: Vec<f32>) -> Self {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        Stored { bytes, element: Element::F32 }
+    /// These numbers and others after them.
+    pub fn followed_by(self, other: Stored) -> Stored {
+        match (self, other) {
+            (Stored::Bytes(mut bytes, element), Stored::Bytes(others, other)) if element == other => {
+                bytes.extend(others);
+                Stored::Bytes(bytes, element)
+            }
+            (first, second) => Stored::Values([first.values(), second.values()].concat()),
+        }
+    }
+
+    /// Some numbers of each row of `width` numbers.
+    fn cut(self, width: usize, runs: &Runs) -> Stored {
+        fn cut<T: Copy>(all: &[T], width: usize, scale: usize, runs: &Runs) -> Vec<T> {
+            let rows = all.chunks((width * scale).max(1));
+            let runs = |row: &'_ [T]| -> Vec<T> {
+                runs.each().flat_map(|run| row[run.start * scale..run.end * scale].to_vec()).collect()
+            };
+            rows.flat_map(runs).collect()
+        }
+        match self {
+            Stored::Bytes(bytes, element) => Stored::Bytes(cut(&bytes, width, element.bytes(), runs), element),
+            Stored::Values(values) => Stored::Values(cut(&values, width, 1, runs)),
+        }
+    }
+
+    /// A matrix of these numbers, to multiply by.
+    pub fn pack(&self, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+        match self {
+            Stored::Bytes(bytes, element) => PackedMatrix::pack(bytes, *element, order, inputs, outputs),
+            Stored::Values(values) => PackedMatrix::pack_f32(values, order, inputs, outputs),
+        }
     }
 }
 
@@ -85,28 +108,26 @@ impl WeightSource for CheckpointWeights<'_> {
 
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         let full_name = format!("{}{name}", self.prefix);
-        if let Some(element) = element(self.reader.info(&full_name)?.dtype) {
-            let (_, bytes) = self.reader.stored_rows(&full_name, shape, rows.clone())?;
-            if element.all_finite(&bytes) {
-                return Ok(Stored { bytes, element });
-            }
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype)
+            && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone())?
+            && element.all_finite(&bytes)
+        {
+            return Ok(Stored::Bytes(bytes, element));
         }
-        // Other types are converted, and what is wrong is said, by the one reader of values.
-        self.load_rows(name, shape, rows).map(Stored::from)
+        // Other types and forms are converted, and what is wrong is said, by the one reader of values.
+        self.load_rows(name, shape, rows).map(Stored::Values)
     }
 
     fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
         let full_name = format!("{}{name}", self.prefix);
-        if let Some(element) = element(self.reader.info(&full_name)?.dtype) {
-            let (_, bytes) = self.reader.stored_runs(&full_name, shape, rows.clone(), runs)?;
-            if element.all_finite(&bytes) {
-                return Ok(Stored { bytes, element });
-            }
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype)
+            && let Some((_, bytes)) = self.reader.stored_runs(&full_name, shape, rows.clone(), runs)?
+            && element.all_finite(&bytes)
+        {
+            return Ok(Stored::Bytes(bytes, element));
         }
         let values = self.load_rows(name, shape, rows)?;
-        let row = shape[1..].iter().product::<usize>().max(1);
-        let cut = values.chunks(row).flat_map(|row| runs.each().flat_map(|run| row[run].iter().copied()));
-        Ok(Stored::from(cut.collect::<Vec<f32>>()))
+        Ok(Stored::Values(values).cut(shape[1..].iter().product(), runs))
     }
 }
 

@@ -113,7 +113,9 @@ pub(super) const GONE: &str = "it ended; what is sealed is kept, run the same co
 
 /// Of a rank that does something else than this one.
 pub(super) fn out_of_step(found: Operation) -> String {
-    format!("it is at another place, in {found}; run the same version of this program with the same recipe on every rank")
+    format!(
+        "it is at another place, in {found}; run the same version of this program with the same recipe on every rank"
+    )
 }
 
 #[cfg(test)]
@@ -133,7 +135,8 @@ mod tests {
     #[test]
     fn sums_are_in_the_order_of_the_ranks_and_the_same_on_all() {
         for size in 1..=5 {
-            let value = |rank: usize, place: usize| [1e8f32, 1.0, -1e8, 3e-5, 0.1][(rank + place) % 5] * (place + 1) as f32;
+            let value =
+                |rank: usize, place: usize| [1e8f32, 1.0, -1e8, 3e-5, 0.1][(rank + place) % 5] * (place + 1) as f32;
             for length in [0, 1, 3, 64] {
                 let expected: Vec<u32> = (0..length)
                     .map(|place| (1..size).fold(value(0, place), |sum, rank| sum + value(rank, place)).to_bits())
@@ -193,13 +196,12 @@ mod tests {
             end.all_reduce(&mut [1.0; 8]).unwrap_err().to_string()
         });
         let text = |seen_by| {
-            format!(
-                "rank 1 failed, seen by rank {seen_by} in all_reduce: the weights are gone; bring them back"
-            )
+            format!("rank 1 failed, seen by rank {seen_by} in all_reduce: the weights are gone; bring them back")
         };
         assert_eq!((errors[0].clone(), errors[2].clone()), (text(0), text(2)));
 
-        let errors = on_ranks(2, |end| if end.rank() == 1 { None } else { Some(end.barrier().unwrap_err().to_string()) });
+        let errors =
+            on_ranks(2, |end| if end.rank() == 1 { None } else { Some(end.barrier().unwrap_err().to_string()) });
         assert_eq!(
             errors[0].as_deref(),
             Some(

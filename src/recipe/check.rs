@@ -1,7 +1,9 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
-use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection};
+use super::schema::{
+    Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
+};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
@@ -107,7 +109,10 @@ fn check_name(recipe: &Recipe) -> Result<()> {
 
 fn check_data(recipe: &Recipe) -> Result<()> {
     let data = &recipe.data;
-    check_sources(recipe, "data.sources", &data.sources)?;
+    if recipe.cache.train.is_none() {
+        ["sources", "tokens", "seq_len"].iter().try_for_each(|key| recipe.needs("data", key))?;
+        check_sources(recipe, "data.sources", &data.sources)?;
+    }
     recipe.positive("data.tokens", data.tokens)?;
     recipe.positive("data.seq_len", data.seq_len as u64)?;
     if data.seq_len > u32::MAX as usize {
@@ -178,13 +183,13 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
                 let problem = "is `bf16`, which this version cannot compute in";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
             }
-            if !recipe.data.held_out.is_none() && !cache.temperatures.contains(&1.0) {
+            if recipe.has_held_out() && !cache.temperatures.contains(&1.0) {
                 let problem = "lacks 1.0, at which held-out text is compared with the teacher";
                 return Err(recipe.error("cache.temperatures", problem, "add 1.0"));
             }
             recipe.positive("teacher.batch_tokens", teacher.batch_tokens)
         }
-        None if recipe.has_control() => Err(recipe.error(
+        None if recipe.has_control() && !recipe.has_soft_targets() => Err(recipe.error(
             "control",
             "compares with a run that has a teacher, and this recipe has none",
             "add [teacher], or remove [control]",
@@ -302,8 +307,12 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
     let loss = &recipe.loss;
     let temperature = loss.temperature;
     recipe.number("loss.temperature", temperature, temperature > 0.0, "above 0")?;
-    if recipe.teacher.is_some() && !recipe.cache.temperatures.contains(&temperature) {
+    if recipe.has_soft_targets() && !recipe.cache.temperatures.contains(&temperature) {
         let listed = &recipe.cache.temperatures;
+        if recipe.cache.train.is_some() {
+            let problem = format!("is {temperature:?}, but the cache `cache.train` was captured at {listed:?}");
+            return Err(recipe.error("loss.temperature", problem, "use one of these"));
+        }
         let problem = format!("is {temperature:?}, but `cache.temperatures` = {listed:?} does not capture it");
         return Err(recipe.error("loss.temperature", problem, format!("add {temperature:?} to cache.temperatures")));
     }
@@ -318,7 +327,7 @@ fn check_loss(recipe: &Recipe) -> Result<()> {
         let problem = format!("moves a teacher that the divergence `{}` has not", loss.divergence.name());
         return Err(recipe.error("loss.weighting", problem, "use loss.divergence = \"taid\" with it"));
     }
-    if recipe.teacher.is_none() && weighting.needs_soft_targets() {
+    if !recipe.has_soft_targets() && weighting.needs_soft_targets() {
         let problem = "gives the soft target a weight, and this recipe has no teacher";
         return Err(recipe.error("loss.weighting", problem, "add [teacher], or remove the key"));
     }
@@ -396,7 +405,7 @@ fn check_train(recipe: &Recipe) -> Result<()> {
     }
     recipe.positive("train.keep_checkpoints", train.keep_checkpoints as u64)?;
     recipe.positive("train.log_every", train.log_every)?;
-    if train.evaluate_every.is_some_and(|every| every > 0) && recipe.data.held_out.is_none() {
+    if train.evaluate_every.is_some_and(|every| every > 0) && !recipe.has_held_out() {
         let problem = "asks for evaluations, and this recipe holds nothing out";
         return Err(recipe.error("train.evaluate_every", problem, "add data.held_out, as in held_out = \"1M\""));
     }

@@ -12,12 +12,14 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::captured;
 use super::check::check;
 use super::keys::{heading, sections, tip_for_unknown};
 use super::schema::Recipe;
 use crate::cache::is_url;
 use crate::data::HeldOut;
 use crate::error::{Error, Result};
+use crate::hub::is_hub;
 
 /// Where the keys of a recipe were written.
 #[derive(Debug, Clone, Default)]
@@ -83,6 +85,7 @@ impl Recipe {
             Recipe::deserialize(toml::de::Deserializer::from(table)).map_err(|error| written.type_error(&error))?;
         recipe.origin = Origin { path: written.path, places };
         recipe.make_paths_absolute()?;
+        captured::take_over(&mut recipe)?;
         check(&recipe)?;
         if recipe.cache.top_k.is_none() {
             // So that a frozen recipe means the same when the default is another one day.
@@ -93,12 +96,29 @@ impl Recipe {
 
     /// The whole recipe as TOML: overrides applied, defaults filled in, paths absolute. Loading it gives an equal recipe.
     pub fn to_toml(&self) -> String {
-        toml::to_string(self).expect("every value of a checked recipe can be written as TOML")
+        let mut table = toml::Table::try_from(self).expect("every value of a checked recipe can be written as TOML");
+        captured::leave_out(self, &mut table);
+        toml::to_string(&table).expect("it was a recipe")
     }
 
     /// The file this recipe came from.
     pub fn path(&self) -> &Path {
         &self.origin.path
+    }
+
+    /// Whether a key was written, in the file or by an override.
+    pub(super) fn says(&self, key: &str) -> bool {
+        self.origin.places.contains_key(key)
+    }
+
+    /// Refuses a recipe in which a key was not written; an error of the place where its section was.
+    pub(super) fn needs(&self, section: &str, key: &str) -> Result<()> {
+        if self.says(&format!("{section}.{key}")) {
+            return Ok(());
+        }
+        let place = self.origin.places.get(section).map(|place| format!("{place}: ")).unwrap_or_default();
+        let problem = format!("{place}`{section}.{key}` is missing");
+        Err(Error::Recipe { path: self.origin.path.clone(), problem, tip: format!("add `{key}`") })
     }
 
     /// An error about one key (`cache.top_k`), which says where the key was written.
@@ -120,9 +140,11 @@ impl Recipe {
         for source in self.data.sources.iter_mut().chain(held_out) {
             source.path = absolute(&folder, Path::new(&source.path)).to_string_lossy().into_owned();
         }
-        let others = [&mut self.data.tokenizer, &mut self.cache.dir, &mut self.student.checkpoint, &mut self.run.dir];
+        let cache = &mut self.cache;
+        let others = [&mut self.data.tokenizer, &mut self.student.checkpoint, &mut self.run.dir];
+        let others = others.into_iter().chain([&mut cache.dir, &mut cache.train, &mut cache.held_out]);
         let teacher = self.teacher.iter_mut().map(|teacher| &mut teacher.checkpoint);
-        for path in others.into_iter().flatten().chain(teacher).chain(&mut self.cache.reuse) {
+        for path in others.flatten().chain(teacher).chain(&mut cache.reuse) {
             *path = absolute(&folder, path);
         }
         Ok(())
@@ -130,7 +152,7 @@ impl Recipe {
 }
 
 fn absolute(folder: &Path, path: &Path) -> PathBuf {
-    if is_url(path) {
+    if is_url(path) || is_hub(path) {
         return path.to_path_buf();
     }
     let mut result = folder.to_path_buf();

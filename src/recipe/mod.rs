@@ -5,6 +5,7 @@
 //!
 //! Knows nothing of how any part of a run is carried out.
 
+mod captured;
 mod check;
 mod divergence_key;
 mod keys;

@@ -183,7 +183,13 @@ impl Plan {
         }
         let mut plan = Plan {
             program_version: env!("CARGO_PKG_VERSION").to_string(),
-            cache_dir: recipe.cache.dir.clone().unwrap_or_else(|| run_dir.join("cache")),
+            cache_dir: recipe
+                .cache
+                .train
+                .as_ref()
+                .or(recipe.cache.dir.as_ref())
+                .cloned()
+                .unwrap_or_else(|| run_dir.join("cache")),
             run_dir,
             device: options.device.clone(),
             tokenizer: None,
@@ -245,7 +251,7 @@ impl Plan {
         recipe.check_warm_up(self.steps)?;
         self.trained_tokens = self.steps.saturating_mul(self.sequences_per_step).saturating_mul(seq_len);
         self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
-        let temperature_count = if recipe.teacher.is_some() { recipe.cache.temperatures.len() as u64 } else { 0 };
+        let temperature_count = if recipe.has_soft_targets() { recipe.cache.temperatures.len() as u64 } else { 0 };
         let kept_ids = recipe.cache.selection().usual_ids();
         self.cache_bytes = cache_bytes(recipe.cache.codec, sequences, seq_len, kept_ids, temperature_count);
         Ok(())
@@ -256,13 +262,14 @@ impl Plan {
 fn warnings(recipe: &Recipe) -> Vec<String> {
     let mut warnings = vec![];
     let mut warn = |text: String| warnings.push(text);
-    if recipe.data.held_out.is_none() {
-        warn("nothing is held out, so there will be no evaluation; add data.held_out".into());
+    if !recipe.has_held_out() {
+        let key = if recipe.cache.train.is_some() { "cache.held_out" } else { "data.held_out" };
+        warn(format!("nothing is held out, so there will be no evaluation; add {key}"));
     }
-    if recipe.teacher.is_some() {
+    if recipe.has_soft_targets() {
         let unused = recipe.cache.temperatures.iter().filter(|temperature| **temperature != recipe.loss.temperature);
         let unused: Vec<String> = unused.map(|temperature| format!("{temperature:?}")).collect();
-        if !unused.is_empty() {
+        if !unused.is_empty() && recipe.cache.train.is_none() {
             warn(format!("cache.temperatures captures {}, which loss.temperature does not use", unused.join(", ")));
         }
         if recipe.has_sampled_targets() && recipe.cache.temperatures[0] != recipe.loss.temperature {
@@ -308,6 +315,9 @@ impl fmt::Display for Plan {
                 if recipe.data.sources.len() > 1 { format!(", weight {}", source.weight) } else { String::new() };
             line(if number == 0 { "data" } else { "" }, format!("{}{weight}", source.path))?;
         }
+        if let Some(cache) = &recipe.cache.train {
+            line("data", format!("{}, as it is", cache.display()))?;
+        }
         let (about, sequences) = match self.sequences {
             SequenceCount::Estimated(count) => ("about ", count),
             SequenceCount::Counted(count) => ("", count),
@@ -316,7 +326,7 @@ impl fmt::Display for Plan {
         line("", format!("{tokens} tokens in {about}{sequences} sequences of {seq_len}"))?;
         let share = |share: f64| format!("{} of the documents", short_percent(share));
         let held_out = match &recipe.data.held_out {
-            HeldOut::None => "nothing".to_string(),
+            HeldOut::None => recipe.cache.held_out.as_ref().map_or("nothing".into(), |dir| dir.display().to_string()),
             HeldOut::Tokens(tokens) => {
                 let share = self.held_out_share.map(|held_out| format!(", {}", share(held_out))).unwrap_or_default();
                 format!("{} tokens{share}", short_count(*tokens))
@@ -328,6 +338,10 @@ impl fmt::Display for Plan {
         };
         line("held out", held_out)?;
         match &recipe.teacher {
+            None if recipe.has_soft_targets() => {
+                let (selection, temperatures) = (recipe.cache.selection(), &recipe.cache.temperatures);
+                line("soft target", format!("captured: {}, at temperature {temperatures:?}", selection.summary()))?;
+            }
             None => line("teacher", "none: ordinary training on the text".into())?,
             Some(teacher) => {
                 line("teacher", teacher.checkpoint.display().to_string())?;
@@ -358,7 +372,7 @@ impl fmt::Display for Plan {
         if let Some(size) = &self.student {
             line("", size.to_string())?;
         }
-        if recipe.teacher.is_some() {
+        if recipe.has_soft_targets() {
             line("loss", format!("{}, weight {}", recipe.loss.divergence.name(), recipe.weighting().summary()))?;
         }
         line(

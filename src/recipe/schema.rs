@@ -50,11 +50,13 @@ pub struct Recipe {
 #[serde(deny_unknown_fields)]
 pub struct DataSection {
     /// Text files, mixed by weight.
+    #[serde(default)]
     pub sources: Vec<DataSource>,
     /// Training tokens to take from the sources, as the student's own count: `"10B"`, `"1.5M"` or an integer.
-    #[serde(deserialize_with = "deserialize_count")]
+    #[serde(default, deserialize_with = "deserialize_count")]
     pub tokens: u64,
     /// Predictions in one packed sequence.
+    #[serde(default)]
     pub seq_len: usize,
     /// What is kept apart for evaluation. Default: nothing.
     #[serde(default, skip_serializing_if = "HeldOut::is_none")]
@@ -71,7 +73,7 @@ pub struct DataSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherSection {
-    /// A Hugging Face model directory: config.json, safetensors, tokenizer.json.
+    /// A model directory, a GGUF file or a model on the hub.
     pub checkpoint: PathBuf,
     /// How the teacher is run: `resident`, or `streamed` where it is larger than memory. Default `resident`.
     #[serde(default)]
@@ -144,6 +146,10 @@ pub struct CacheSection {
     pub reuse: Vec<PathBuf>,
     /// The cache directory. Default `cache` in the run directory.
     pub dir: Option<PathBuf>,
+    /// A finished cache to train on as it is, such as an import; it takes the place of text and teacher.
+    pub train: Option<PathBuf>,
+    /// Beside `train`: a finished cache to evaluate on. Default: nothing.
+    pub held_out: Option<PathBuf>,
 }
 
 impl Default for CacheSection {
@@ -157,6 +163,8 @@ impl Default for CacheSection {
             reuse: vec![],
             sequences_per_shard: 512,
             dir: None,
+            train: None,
+            held_out: None,
         }
     }
 }
@@ -379,18 +387,28 @@ impl Recipe {
         self.control.as_ref().is_some_and(|control| control.enabled)
     }
 
-    /// The weight of the soft target through the run; 0 throughout without a teacher. The hard target has the rest.
+    /// Whether there are soft targets to learn from: a teacher's, or those of a finished cache.
+    pub fn has_soft_targets(&self) -> bool {
+        self.teacher.is_some() || self.cache.train.is_some()
+    }
+
+    /// Whether something is kept apart for evaluation.
+    pub fn has_held_out(&self) -> bool {
+        !self.data.held_out.is_none() || self.cache.held_out.is_some()
+    }
+
+    /// The weight of the soft target through the run; 0 throughout without one. The hard target has the rest.
     pub fn weighting(&self) -> Weighting {
-        match (&self.teacher, &self.loss.weighting) {
-            (None, _) => Weighting::hard_only(),
-            (Some(_), None) => Weighting::Linear { from: 0.9, to: 0.5 },
-            (Some(_), Some(weighting)) => weighting.clone(),
+        match (self.has_soft_targets(), &self.loss.weighting) {
+            (false, _) => Weighting::hard_only(),
+            (true, None) => Weighting::Linear { from: 0.9, to: 0.5 },
+            (true, Some(weighting)) => weighting.clone(),
         }
     }
 
     /// Whether the student learns from ids that were drawn from the teacher.
     pub fn has_sampled_targets(&self) -> bool {
-        self.teacher.is_some() && self.cache.selection().kind() == TargetKind::Sampled
+        self.has_soft_targets() && self.cache.selection().kind() == TargetKind::Sampled
     }
 
     /// The learning rate of the control: its own, else the student's.

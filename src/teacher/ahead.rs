@@ -2,14 +2,16 @@
 //! what order they are wanted.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use burn::tensor::Device;
-use rayon::Scope;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::{
-    error::Result,
-    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock},
+    checkpoint::CheckpointReader,
+    error::{Error, Result},
+    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock, parameter::CheckpointWeights},
 };
 
 /// What is loaded as one.
@@ -33,7 +35,7 @@ pub(super) enum Loaded {
 }
 
 impl Part {
-    pub(super) fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
+    fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
         Ok(match self {
             Part::Dense(index) => Loaded::Dense(Box::new(Layer::load_for_inference(config, *index, source, device)?)),
             Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load(config, *index, source, device)?)),
@@ -45,28 +47,43 @@ impl Part {
     }
 }
 
-/// How a part is loaded.
-pub(super) type Load<'scope> = dyn Fn(&Part) -> Result<Loaded> + Sync + 'scope;
-
-/// Loads on the thread of the pool that the scope is of; one part at a time.
-pub(super) struct Ahead<'a, 'scope> {
-    scope: &'a Scope<'scope>,
-    load: &'scope Load<'scope>,
+/// Loads one part at a time, on a thread of its own.
+pub(super) struct Ahead {
+    config: Arc<DecoderConfig>,
+    reader: Arc<CheckpointReader>,
+    device: Device,
+    /// One thread; what it converts in parallel elsewhere is converted on it.
+    loader: ThreadPool,
     pending: Option<(Part, Receiver<Result<Loaded>>)>,
 }
 
-impl<'a, 'scope> Ahead<'a, 'scope> {
-    pub(super) fn new(scope: &'a Scope<'scope>, load: &'scope Load<'scope>) -> Self {
-        Ahead { scope, load, pending: None }
+impl Ahead {
+    /// # Errors
+    /// When the system allows no more threads.
+    pub(super) fn new(config: Arc<DecoderConfig>, reader: Arc<CheckpointReader>, device: Device) -> Result<Self> {
+        let loader = ThreadPoolBuilder::new()
+            .num_threads(1)
+            .thread_name(|_| "weights".into())
+            // Whoever waits for the part finds out, by the channel.
+            .panic_handler(|_| {})
+            .build();
+        let loader = loader.map_err(|error| {
+            Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
+        })?;
+        Ok(Ahead { config, reader, device, loader, pending: None })
     }
 
     /// Begins to load a part, which must be the next that is taken.
     pub(super) fn request(&mut self, part: Part) {
         assert!(self.pending.is_none(), "one part is read ahead, never two: {part:?}");
         let (sender, receiver) = sync_channel(1);
-        let (load, wanted) = (self.load, part.clone());
-        // Nobody listens any more after an error elsewhere.
-        self.scope.spawn(move |_| drop(sender.send(load(&wanted))));
+        let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
+        let wanted = part.clone();
+        self.loader.spawn(move || {
+            let loaded = wanted.load(&config, &CheckpointWeights::new(&reader), &device);
+            // Nobody listens any more when the teacher is gone.
+            drop(sender.send(loaded));
+        });
         self.pending = Some((part, receiver));
     }
 
@@ -78,5 +95,18 @@ impl<'a, 'scope> Ahead<'a, 'scope> {
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
         loaded.recv().expect("a load that ends without a result has panicked")
+    }
+
+    /// Begins anew, with this part: what is loaded or being loaded stays if it is that one, and is dropped if a sweep
+    /// that ended early left another.
+    pub(super) fn begin(&mut self, part: Part) {
+        match self.pending.take() {
+            Some((pending, loaded)) if pending == part => self.pending = Some((pending, loaded)),
+            other => {
+                // Two parts at once would not be what was counted.
+                drop(other.map(|(_, loaded)| loaded.recv()));
+                self.request(part);
+            }
+        }
     }
 }

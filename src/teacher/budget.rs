@@ -65,6 +65,10 @@ pub(super) struct Fit {
     pub head_blocks: Vec<Range<usize>>,
     /// Rows of logits held at once.
     pub head_rows: usize,
+    /// Whether the head's first block fits beside the last layer.
+    pub head_ahead: bool,
+    /// Whether what a sweep begins with fits beside the head's last block.
+    pub next_sweep_ahead: bool,
 }
 
 /// Bytes of one weight.
@@ -118,12 +122,27 @@ impl Parts<'_> {
             let (own, expert) = (self.layer(layer), self.expert(layer));
             own + expert + expert.max(next(index))
         });
-        let matrix = layers.iter().map(|layer| match layer.feed_forward {
+        at_once.max().unwrap_or(0) + self.being_read()
+    }
+
+    /// The last layer's part of that, without anything ahead.
+    fn last_layer(&self) -> u64 {
+        self.config.layers.last().map_or(0, |layer| self.layer(layer) + self.expert(layer))
+    }
+
+    /// What a sweep begins with, while it is read.
+    fn first_layer(&self) -> u64 {
+        self.config.layers.first().map_or(0, |layer| self.layer(layer)) + self.being_read()
+    }
+
+    /// The stored form of the largest matrix.
+    fn being_read(&self) -> u64 {
+        let matrix = self.config.layers.iter().map(|layer| match layer.feed_forward {
             FeedForwardConfig::Dense { width } => self.hidden() * width as u64,
             FeedForwardConfig::Experts { width, .. } => 2 * self.hidden() * width as u64,
         });
         let query = self.hidden() * (self.config.heads.query_heads * self.config.heads.head_dim) as u64;
-        at_once.max().unwrap_or(0) + self.reading * matrix.max().unwrap_or(0).max(query)
+        self.reading * matrix.max().unwrap_or(0).max(query)
     }
 
     /// Bytes that one token of a batch takes while it passes a layer.
@@ -222,12 +241,15 @@ impl Fit {
         // Half of what is left goes to what makes a layer and the head efficient, as far as they gain by it.
         let free = settings.memory - least;
         let batch = settings.batch_tokens.max(length);
-        let whole_head = parts.head(config.vocab_size as u64) + parts.logits(HEAD_ROWS as u64);
+        let whole_head = parts.head(config.vocab_size as u64) + parts.logits(HEAD_ROWS as u64) + parts.first_layer();
         let useful = (weights + parts.scratch(batch)).max(whole_head);
         let phase = useful.min(layers.max(head) + free / 2);
         let batch_tokens = (phase - weights - parts.scratch(0)) / parts.token_scratch();
         let batch_sequences = (batch_tokens.min(batch) / length).max(1);
         let (head_blocks, head_rows) = head_pieces(&parts, phase);
+        let block = parts.head(head_blocks[0].len() as u64);
+        let head_ahead = parts.last_layer() + parts.scratch(batch_sequences * length) + block <= phase;
+        let next_sweep_ahead = block + parts.logits(head_rows as u64) + parts.first_layer() <= phase;
 
         let room = settings.memory - taken - phase;
         let (in_memory, spilled) = (room / parts.sweep_token(false), room / parts.sweep_token(true));
@@ -250,6 +272,8 @@ impl Fit {
             spill,
             head_blocks,
             head_rows,
+            head_ahead,
+            next_sweep_ahead,
         })
     }
 }
@@ -326,6 +350,7 @@ mod tests {
         let more = scout(16 << 10, Spill::Auto).unwrap();
         assert_eq!((more.spill, more.head_blocks.len(), more.batch_sequences), (false, 1, 2));
         assert!(more.sweep_sequences * 2048 >= 8192, "{more:?}");
+        assert!(more.next_sweep_ahead, "the next sweep's first layer fits beside the head");
         let most = MOST_GOALS as usize * 8192;
         let lots = scout(512 << 10, Spill::Auto).unwrap();
         assert_eq!(lots.sweep_sequences * 2048, most, "longer sweeps gain nothing, and an interruption loses them");

@@ -143,8 +143,8 @@ mod tests {
                         let rows: Vec<f32> =
                             (0..experts.len() / chosen * width).map(|n| (end.rank() * 100 + n) as f32).collect();
                         let scores = (0..experts.len()).map(|n| n as f32 + 0.5).collect();
-                        let tokens = (!experts.is_empty())
-                            .then(|| (Choices { experts: experts.clone(), scores }, rows));
+                        let tokens =
+                            (!experts.is_empty()).then(|| (Choices { experts: experts.clone(), scores }, rows));
                         let run = |expert: usize, rows: Vec<f32>, scores: Vec<f32>| {
                             let number = (first + expert) as f32;
                             let scores = scores.iter().flat_map(|score| [score; 2]);

@@ -116,9 +116,7 @@ impl RankModel {
         let layout = (batch.row_count() > 0).then(|| TokenLayout::of_batch(&self.config, batch));
         let mut hidden = match (&layout, &self.embedding, neighbours.previous) {
             (None, _, _) => None,
-            (Some(layout), Some(embedding), _) => {
-                Some(self.sum(&neighbours.tensor, embedding.rows(&layout.ids))?)
-            }
+            (Some(layout), Some(embedding), _) => Some(self.sum(&neighbours.tensor, embedding.rows(&layout.ids))?),
             (Some(_), None, previous) => {
                 let previous = previous.expect("a stage without an embedding has one before it");
                 Some(self.tensor(values(&neighbours.world.receive(previous)?)))

@@ -256,9 +256,8 @@ struct Rank {
 
 impl Rank {
     fn new(number: usize, settings: &ShardSettings) -> Result<Self> {
-        sharding::check(&settings.config, &settings.mesh).map_err(|unfit| {
-            Error::usage(format!("the mesh's `{}` {}", unfit.axis, unfit.problem), unfit.tip)
-        })?;
+        sharding::check(&settings.config, &settings.mesh)
+            .map_err(|unfit| Error::usage(format!("the mesh's `{}` {}", unfit.axis, unfit.problem), unfit.tip))?;
         let vocab = settings.config.vocab_size;
         let predictions = Predictions::new(settings.selection.clone(), &settings.temperatures, vocab)?;
         Ok(Rank { settings: settings.clone(), place: settings.mesh.place(number), predictions, model: None })
@@ -276,11 +275,7 @@ impl Rank {
     }
 
     /// Computes this rank's share of the sequences, batch by batch. Gives its targets on the rank that has them in the end.
-    fn compute(
-        &self,
-        world: &dyn Collective,
-        sequences: &[(u64, PackedSequence)],
-    ) -> Result<Option<SparseTargets>> {
+    fn compute(&self, world: &dyn Collective, sequences: &[(u64, PackedSequence)]) -> Result<Option<SparseTargets>> {
         let (mesh, size) = (&self.settings.mesh, self.settings.batch_sequences);
         let model = self.model.as_ref().ok_or_else(not_loaded)?;
         let owners = mesh.data * mesh.expert;

@@ -57,13 +57,10 @@ impl Slices<'_> {
             let stored = self.source.stored_rows(name, &whole, stored)?;
             found = Some(match found {
                 None => stored,
-                Some(before) if before.element == stored.element => {
-                    Stored { bytes: [before.bytes, stored.bytes].concat(), element: before.element }
-                }
-                Some(before) => Stored::from([before.values(), stored.values()].concat()),
+                Some(before) => before.followed_by(stored),
             });
         }
-        Ok(found.unwrap_or_else(|| Stored::from(vec![])))
+        Ok(found.unwrap_or(Stored::Values(vec![])))
     }
 }
 
@@ -75,7 +72,7 @@ impl WeightSource for Slices<'_> {
     fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
         match self.cut(name) {
             None => self.source.load_rows(name, shape, rows),
-            Some(_) => self.rows(name, shape, rows).map(|stored| stored.values()),
+            Some(_) => self.rows(name, shape, rows).map(Stored::values),
         }
     }
 

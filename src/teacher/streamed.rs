@@ -13,10 +13,9 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use limbeck_kernels::host_op;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{
-    ahead::{Ahead, Part},
+    ahead::Ahead,
     budget::{Fit, StreamSettings, WeightBytes},
     predictions::Predictions,
     sweep::{Halt, Sweep},
@@ -32,7 +31,7 @@ use crate::{
 
 /// A checkpoint run layer by layer, and what is kept of its predictions.
 pub struct StreamedTeacher {
-    config: DecoderConfig,
+    config: Arc<DecoderConfig>,
     reader: Arc<CheckpointReader>,
     device: Device,
     final_norm: FinalNorm,
@@ -40,9 +39,10 @@ pub struct StreamedTeacher {
     seq_len: usize,
     settings: StreamSettings,
     fit: Fit,
-    /// One thread, which reads and converts weights.
-    loader: ThreadPool,
+    ahead: Ahead,
     counts: StreamCounts,
+    /// What the checkpoint had been read when the last sweep ended.
+    bytes_before: u64,
 }
 
 /// What a streamed teacher has done so far.
@@ -81,13 +81,22 @@ impl StreamedTeacher {
         let fit = Fit::new(&config, seq_len, &settings, weight_bytes(&reader, device), host_op::runs_on(device))?;
         tracing::debug!("streamed teacher: {fit:?}");
         let final_norm = FinalNorm::load(&config, &CheckpointWeights::new(&reader), device)?;
-        let loader = ThreadPoolBuilder::new().num_threads(1).thread_name(|_| "weights".into()).build();
-        let loader = loader.map_err(|error| {
-            Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
-        })?;
-        let device = device.clone();
-        let counts = StreamCounts::default();
-        Ok(StreamedTeacher { config, reader, device, final_norm, predictions, seq_len, settings, fit, loader, counts })
+        let (config, device, counts) = (Arc::new(config), device.clone(), StreamCounts::default());
+        let ahead = Ahead::new(config.clone(), reader.clone(), device.clone())?;
+        let bytes_before = reader.bytes_read();
+        Ok(StreamedTeacher {
+            config,
+            reader,
+            device,
+            final_norm,
+            predictions,
+            seq_len,
+            settings,
+            fit,
+            ahead,
+            counts,
+            bytes_before,
+        })
     }
 
     /// Keeps something else from now on.
@@ -110,18 +119,23 @@ impl StreamedTeacher {
     /// Computes the targets of sequences, each beside its number in the whole data set, and gives each with its place
     /// in `sequences`, in order. `false` when it was asked to stop; what was given until then is right.
     ///
+    /// `more`: whether other sequences will follow. Then the weights they pass first are read while the head computes
+    /// these, where the memory allows it.
+    ///
     /// # Errors
     /// When sequences hold ids that the teacher does not know or are of another length, when weights cannot be read or
     /// hidden states not be kept, when predictions are not finite, and what `give` returns.
     pub fn targets(
         &mut self,
         sequences: &[(u64, &PackedSequence)],
+        more: bool,
         stop: &AtomicBool,
         give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>,
     ) -> Result<bool> {
         for (number, sweep) in sequences.chunks(self.fit.sweep_sequences).enumerate() {
             let first = number * self.fit.sweep_sequences;
-            match self.sweep(sweep, stop, &mut |place, targets| give(first + place, targets)) {
+            let more = more || first + sweep.len() < sequences.len();
+            match self.sweep(sweep, more, stop, &mut |place, targets| give(first + place, targets)) {
                 Ok(()) => {}
                 Err(Halt::Stopped) => return Ok(false),
                 Err(Halt::Failed(error)) => return Err(error),
@@ -133,36 +147,34 @@ impl StreamedTeacher {
     fn sweep(
         &mut self,
         sequences: &[(u64, &PackedSequence)],
+        more: bool,
         stop: &AtomicBool,
         give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>,
     ) -> Result<(), Halt> {
-        let (began, bytes_before) = (Instant::now(), self.reader.bytes_read());
+        let began = Instant::now();
         if let Some((number, sequence)) = sequences.iter().find(|(_, sequence)| sequence.seq_len() != self.seq_len) {
             let problem = format!("sequence {number} has {} predictions, not {}", sequence.seq_len(), self.seq_len);
             return Err(Error::usage(problem, "give sequences of one length").into());
         }
         let source = CheckpointWeights::new(&self.reader);
-        let (config, device) = (&self.config, &self.device);
-        let load = |part: &Part| part.load(config, &source, device);
-        let spill = self.fit.spill.then_some(self.settings.spill_dir.as_path());
-        let experts = self.loader.in_place_scope(|scope| {
-            let sweep = Sweep {
-                config,
-                device,
-                source: &source,
-                predictions: &self.predictions,
-                final_norm: &self.final_norm,
-                fit: &self.fit,
-                spill,
-                length: self.seq_len,
-                sequences,
-                stop,
-                ahead: Ahead::new(scope, &load),
-            };
-            sweep.run(give)
-        })?;
+        let sweep = Sweep {
+            config: &self.config,
+            device: &self.device,
+            source: &source,
+            predictions: &self.predictions,
+            final_norm: &self.final_norm,
+            fit: &self.fit,
+            spill: self.fit.spill.then_some(self.settings.spill_dir.as_path()),
+            length: self.seq_len,
+            sequences,
+            more,
+            stop,
+            ahead: &mut self.ahead,
+        };
+        let experts = sweep.run(give)?;
         let tokens = (sequences.len() * self.seq_len) as u64;
-        let bytes = self.reader.bytes_read() - bytes_before;
+        let bytes_read = self.reader.bytes_read();
+        let bytes = bytes_read - std::mem::replace(&mut self.bytes_before, bytes_read);
         self.counts.sweeps += 1;
         self.counts.tokens += tokens;
         self.counts.bytes_read += bytes;
@@ -184,14 +196,22 @@ impl StreamedTeacher {
     }
 }
 
-/// What a weight takes: on the processor two bytes if all matrices are bfloat16, and stored and packed bytes exist
-/// beside each other for a moment; elsewhere, and from other types, it is made f32.
+/// What a weight takes. On the processor two bytes if all matrices are bfloat16, else four, and beside that for a moment
+/// its stored bytes or, where it is decoded, four; what is put together has a piece of that besides. Elsewhere it is f32.
 fn weight_bytes(reader: &CheckpointReader, device: &Device) -> WeightBytes {
-    let matrices = || reader.names().filter_map(|name| reader.info(name).ok()).filter(|info| info.shape.len() > 1);
-    let all = |kinds: &[Dtype]| matrices().all(|info| kinds.contains(&info.dtype));
-    match host_op::runs_on(device) {
-        true if all(&[Dtype::Bf16]) => WeightBytes { kept: 2, reading: 2 },
-        true if all(&[Dtype::Bf16, Dtype::F16, Dtype::F32]) => WeightBytes { kept: 4, reading: 4 },
-        _ => WeightBytes { kept: 4, reading: 8 },
+    if !host_op::runs_on(device) {
+        return WeightBytes { kept: 4, reading: 8 };
     }
+    let matrices = reader.names().filter_map(|name| Some((name, reader.info(name).ok()?)));
+    let each = matrices.filter(|(_, info)| info.shape.len() > 1).map(|(name, info)| {
+        let (kept, reading) = match info.dtype {
+            Dtype::Bf16 => (2, 2),
+            Dtype::F16 => (4, 2),
+            _ => (4, 4),
+        };
+        WeightBytes { kept, reading: if reader.is_assembled(name) { 8 } else { reading } }
+    });
+    let larger =
+        |a: WeightBytes, b: WeightBytes| WeightBytes { kept: a.kept.max(b.kept), reading: a.reading.max(b.reading) };
+    each.reduce(larger).unwrap_or(WeightBytes { kept: 4, reading: 8 })
 }

@@ -28,7 +28,7 @@ const EMBEDDING_GAP: usize = 8;
 const EMBEDDING_PIECE: usize = 1 << 20;
 
 /// A sweep, ready to run.
-pub(super) struct Sweep<'a, 'scope> {
+pub(super) struct Sweep<'a> {
     pub config: &'a DecoderConfig,
     pub device: &'a Device,
     pub source: &'a dyn WeightSource,
@@ -40,8 +40,10 @@ pub(super) struct Sweep<'a, 'scope> {
     /// Predictions of one sequence.
     pub length: usize,
     pub sequences: &'a [(u64, &'a PackedSequence)],
+    /// Whether another sweep follows.
+    pub more: bool,
     pub stop: &'a AtomicBool,
-    pub ahead: Ahead<'a, 'scope>,
+    pub ahead: &'a mut Ahead,
 }
 
 /// Experts of all layers, by whether a token chose them.
@@ -63,14 +65,14 @@ impl From<Error> for Halt {
     }
 }
 
-impl Sweep<'_, '_> {
+impl Sweep<'_> {
     /// Gives each sequence's targets with its place, in order.
     pub(super) fn run(mut self, give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>) -> Result<Experts, Halt> {
         // First what costs nothing.
         for batch in self.batches() {
             self.predictions.check_ids(&self.batch(&batch))?;
         }
-        self.ahead.request(self.first_part(0).expect("a model has layers"));
+        self.ahead.begin(self.first_part(0));
         let mut states = self.embed()?;
         let mut experts = Experts::default();
         for index in 0..self.config.layers.len() {
@@ -108,12 +110,20 @@ impl Sweep<'_, '_> {
         Tensor::from_data(TensorData::new(values, [rows, width]), self.device)
     }
 
-    /// What is loaded first of a layer; nothing after the last.
-    fn first_part(&self, index: usize) -> Option<Part> {
-        self.config.layers.get(index).map(|layer| match layer.feed_forward {
+    /// What is loaded first of a layer.
+    fn first_part(&self, index: usize) -> Part {
+        match self.config.layers[index].feed_forward {
             FeedForwardConfig::Dense { .. } => Part::Dense(index),
             FeedForwardConfig::Experts { .. } => Part::Routed(index),
-        })
+        }
+    }
+
+    /// What is loaded while a layer's last part computes.
+    fn after(&self, index: usize) -> Option<Part> {
+        match index + 1 < self.config.layers.len() {
+            true => Some(self.first_part(index + 1)),
+            false => self.fit.head_ahead.then(|| Part::Head(self.fit.head_blocks[0].clone())),
+        }
     }
 
     /// The embedding of all tokens; of its rows only those that occur are read.
@@ -152,7 +162,7 @@ impl Sweep<'_, '_> {
 
     fn dense(&mut self, index: usize, states: &mut States) -> Result<(), Halt> {
         let Loaded::Dense(layer) = self.ahead.take(Part::Dense(index))? else { unreachable!("as it was asked for") };
-        if let Some(part) = self.first_part(index + 1) {
+        if let Some(part) = self.after(index) {
             self.ahead.request(part);
         }
         for batch in self.batches() {
@@ -208,7 +218,7 @@ impl Sweep<'_, '_> {
             let loaded = self.ahead.take(Part::Expert(index, expert))?;
             let Loaded::Expert(weights) = loaded else { unreachable!("as it was asked for") };
             let next = wanted.get(place + 1).map(|&next| Part::Expert(index, next));
-            if let Some(part) = next.or_else(|| self.first_part(index + 1)) {
+            if let Some(part) = next.or_else(|| self.after(index)) {
                 self.ahead.request(part);
             }
             for piece in order[starts[expert]..starts[expert + 1]].chunks(self.fit.batch_sequences * self.length) {
@@ -242,10 +252,15 @@ impl Sweep<'_, '_> {
     /// The head over pieces of rows. Where it is in blocks, each piece of rows reads all of them.
     fn head(&mut self, states: &States, give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>) -> Result<(), Halt> {
         let (vocab, length, fit) = (self.config.vocab_size, self.length, self.fit);
+        // The last thing that is loaded in this sweep, or in its last piece of rows, is of the next.
+        let next_sweep = (self.more && fit.next_sweep_ahead).then(|| self.first_part(0));
         let whole = match fit.head_blocks.as_slice() {
             [all] => Some(self.ahead.take(Part::Head(all.clone()))?),
             _ => None,
         };
+        if let (Some(_), Some(part)) = (&whole, &next_sweep) {
+            self.ahead.request(part.clone());
+        }
         let total = self.sequences.len() * length;
         let mut pending = self.predictions.none();
         let (mut given, mut rows) = (0, Vec::<Row>::new());
@@ -263,8 +278,9 @@ impl Sweep<'_, '_> {
                         let Loaded::Head(head) = loaded else { unreachable!("as it was asked for") };
                         let next = fit.head_blocks.get(number + 1);
                         let next = next.or_else(|| fit.head_blocks.first().filter(|_| first + count < total));
-                        if let Some(block) = next {
-                            self.ahead.request(Part::Head(block.clone()));
+                        let next = next.map(|block| Part::Head(block.clone())).or_else(|| next_sweep.clone());
+                        if let Some(part) = next {
+                            self.ahead.request(part);
                         }
                         let part = values(head.logits(hidden.clone()));
                         for (logits, part) in logits.chunks_mut(vocab).zip(part.chunks(block.len())) {

@@ -213,9 +213,17 @@ mod tests {
 
     #[test]
     fn every_query_head_finds_its_own_key_head() {
-        for (query, key, tensor) in
-            [(12, 12, 4), (12, 6, 4), (12, 6, 3), (12, 2, 3), (12, 2, 4), (12, 1, 4), (40, 8, 8), (40, 8, 5), (40, 8, 20)]
-        {
+        for (query, key, tensor) in [
+            (12, 12, 4),
+            (12, 6, 4),
+            (12, 6, 3),
+            (12, 2, 3),
+            (12, 2, 4),
+            (12, 1, 4),
+            (40, 8, 8),
+            (40, 8, 5),
+            (40, 8, 20),
+        ] {
             let mesh = Mesh { tensor, ..Mesh::default() };
             let mut seen = vec![];
             for rank in 0..tensor {
@@ -231,7 +239,10 @@ mod tests {
         }
         let mesh = Mesh { tensor: 3, ..Mesh::default() };
         assert_eq!(key_heads(heads(12, 2), &mesh, mesh.place(1)), [0, 1], "an even part of two groups");
-        assert_eq!(key_heads(heads(12, 4), &Mesh { tensor: 6, ..mesh }, Place { tensor: 1, ..Place::default() }), [0, 1]);
+        assert_eq!(
+            key_heads(heads(12, 4), &Mesh { tensor: 6, ..mesh }, Place { tensor: 1, ..Place::default() }),
+            [0, 1]
+        );
         assert_eq!(key_heads(heads(40, 8), &Mesh { tensor: 8, ..mesh }, Place { tensor: 5, ..Place::default() }), [5]);
     }
 
