@@ -14,6 +14,9 @@ pub fn run(args: &PrecomputeArgs) -> Result<()> {
     let options = RunOptions { part: args.shard, ..options };
     stop_on_ctrl_c(&options.stop)?;
     let precomputed = limbeck::precompute::run_part(&recipe, &options)?;
+    if !precomputed.is_first {
+        return Ok(());
+    }
     let mut text = format!("cache: {}\n", precomputed.cache_dir.display());
     for (cache, missing) in &precomputed.missing {
         let part = options.part;

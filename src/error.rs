@@ -49,6 +49,10 @@ pub enum Error {
     #[error("{what} is not finite; {tip}")]
     NotFinite { what: String, tip: String },
 
+    /// One of the devices or processes that work on a model together failed, or was lost.
+    #[error("rank {rank} failed, seen by rank {seen_by} in {operation}: {failure}")]
+    Rank { rank: usize, seen_by: usize, operation: String, failure: String },
+
     /// The user interrupted the run; its state is saved.
     #[error("interrupted; state saved in {}, run the same command again to go on", saved.display())]
     Interrupted { saved: PathBuf },

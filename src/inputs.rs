@@ -53,6 +53,7 @@ impl Inputs {
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
+            recipe.check_mesh(teacher)?;
         }
         let teacher_vocab = match &recipe.cache.train {
             Some(cache) => Some(captured_vocabulary(cache, &tokenizer)?),

@@ -67,6 +67,7 @@ pub mod inputs;
 pub mod loss;
 mod memory;
 pub mod models;
+pub mod parallel;
 mod positioned;
 pub mod precompute;
 pub mod progress;

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,13 +19,14 @@ use crate::{
     error::{Error, Result},
     inputs::Inputs,
     memory,
-    models::{Decoder, parameter::CheckpointWeights},
+    models::{Decoder, DecoderConfig, parameter::CheckpointWeights, read_config},
+    parallel::{Collective, Mesh, launch},
     progress::{Progress, Unit},
     recipe::{Recipe, TeacherMode, TeacherSection},
     run::RunOptions,
     selection::Selection,
     targets::{PackedSequence, SparseTargets, TargetKind, TargetSource},
-    teacher::{ResidentTeacher, StreamSettings, StreamedTeacher},
+    teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, StreamSettings, StreamedTeacher, sharded},
 };
 
 /// The finished caches of a run.
@@ -40,6 +42,8 @@ pub struct Precomputed {
     pub cache_dir: PathBuf,
     /// The caches that lack the parts of other writers, and what they lack; empty when all are finished.
     pub missing: Vec<(PathBuf, Missing)>,
+    /// Whether this process is the first, or the only one. Others have computed for it, and know nothing of caches.
+    pub is_first: bool,
 }
 
 /// Fills the caches of a recipe. Gives the directory that holds them.
@@ -57,14 +61,74 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
 ///
 /// # Errors
 /// As of [`run`], without the last one.
+///
+/// Where the teacher has a mesh and this is one of the processes that `mpirun` or `srun` started for it, the first of
+/// them fills the caches, and the others compute for it until it is done.
 pub fn run_part(recipe: &Recipe, options: &RunOptions) -> Result<Precomputed> {
-    let mut inputs = Inputs::open(recipe, options)?;
-    let filled = fill_part(recipe, &mut inputs, options)?;
-    let missing = filled.into_iter().filter_map(|(dir, filled)| match filled {
-        Filled::Whole(_) => None,
-        Filled::Part(missing) => Some((dir, missing)),
-    });
-    Ok(Precomputed { missing: missing.collect(), cache_dir: inputs.plan.cache_dir })
+    let world = world(recipe)?;
+    if let Some(world) = world.as_ref().filter(|world| world.rank() > 0) {
+        return serve(recipe, options, &**world);
+    }
+    let fill = || {
+        let mut inputs = Inputs::open(recipe, options)?;
+        let filled = fill_part(recipe, &mut inputs, options, world.as_ref())?;
+        let missing = filled.into_iter().filter_map(|(dir, filled)| match filled {
+            Filled::Whole(_) => None,
+            Filled::Part(missing) => Some((dir, missing)),
+        });
+        Ok(Precomputed { missing: missing.collect(), cache_dir: inputs.plan.cache_dir, is_first: true })
+    };
+    let result = fill();
+    if let Some(world) = &world {
+        match &result {
+            Err(error) if !matches!(error, Error::Interrupted { .. }) => sharded::tell_failure(&**world, error),
+            _ => sharded::dismiss(&**world),
+        }
+    }
+    result
+}
+
+/// The devices that a recipe's teacher is divided over, where they are several.
+fn mesh_of(recipe: &Recipe) -> Option<Mesh> {
+    recipe.teacher.as_ref().map(|teacher| teacher.mesh).filter(|mesh| mesh.size() > 1)
+}
+
+/// What connects the processes that were started for a teacher's mesh; `None` where this process is the only one.
+fn world(recipe: &Recipe) -> Result<Option<Rc<dyn Collective>>> {
+    let Some(mesh) = mesh_of(recipe).filter(|_| launch::one_of_several()) else { return Ok(None) };
+    #[cfg(feature = "mpi")]
+    {
+        let world = crate::parallel::mpi::Mpi::join()?;
+        let (started, wanted) = (world.size(), mesh.size());
+        if started != wanted {
+            let problem = format!("has {wanted} devices ({mesh}), and {started} processes were started");
+            let tip = format!("start {wanted}, as in `mpirun -n {wanted}`, or change the mesh");
+            return Err(recipe.error("teacher.mesh", problem, tip));
+        }
+        Ok(Some(Rc::new(world)))
+    }
+    #[cfg(not(feature = "mpi"))]
+    {
+        let problem = format!("({mesh}) is for this and other processes together, and this build cannot talk to them");
+        let tip = "build with `--features mpi`, or run one process without mpirun and srun";
+        Err(recipe.error("teacher.mesh", problem, tip))
+    }
+}
+
+/// Computes for the first process until it is done.
+fn serve(recipe: &Recipe, options: &RunOptions, world: &dyn Collective) -> Result<Precomputed> {
+    let section = recipe.teacher.as_ref().expect("a mesh is the teacher's");
+    let settings = || {
+        let reader = CheckpointReader::open(&section.checkpoint)?;
+        let config = read_config(reader.config_path(), reader.config())?;
+        recipe.check_selection(config.vocab_size)?;
+        recipe.check_mesh(&config)?;
+        let device = options.device_numbered(launch::local_rank().unwrap_or(world.rank()))?;
+        Ok(shard_settings(recipe, section, &config, &device))
+    };
+    let settings = settings().inspect_err(|error| sharded::tell_failure(world, error))?;
+    sharded::serve(world, &settings)?;
+    Ok(Precomputed { cache_dir: PathBuf::new(), missing: vec![], is_first: false })
 }
 
 /// Fills what the caches lack, and opens them. Completes the plan with what the text came to.
@@ -73,7 +137,13 @@ pub fn fill(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Resul
         return open(inputs);
     }
     let mut caches = vec![];
-    for (dir, filled) in fill_part(recipe, inputs, options)? {
+    if mesh_of(recipe).is_some() && launch::one_of_several() {
+        let problem =
+            "has several devices, and this is one of several processes, of which only one can go on after the teacher";
+        let tip = "run `limbeck precompute-teacher-logits` with mpirun or srun first, and then this without them";
+        return Err(recipe.error("teacher.mesh", problem, tip));
+    }
+    for (dir, filled) in fill_part(recipe, inputs, options, None)? {
         match filled {
             Filled::Whole(cache) => caches.push(*cache),
             Filled::Part(missing) => {
@@ -95,7 +165,12 @@ enum Filled {
 }
 
 /// Fills this writer's part of the training and, if there is one, the held-out side.
-fn fill_part(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Result<Vec<(PathBuf, Filled)>> {
+fn fill_part(
+    recipe: &Recipe,
+    inputs: &mut Inputs,
+    options: &RunOptions,
+    world: Option<&Rc<dyn Collective>>,
+) -> Result<Vec<(PathBuf, Filled)>> {
     if recipe.cache.train.is_some() {
         return Err(Error::Recipe {
             path: recipe.path().to_path_buf(),
@@ -107,7 +182,7 @@ fn fill_part(recipe: &Recipe, inputs: &mut Inputs, options: &RunOptions) -> Resu
     // fingerprint one of all its weights.
     inputs.check_text(recipe)?;
     inputs.resolve_held_out()?;
-    let mut filler = Filler::new(recipe, inputs, options)?;
+    let mut filler = Filler::new(recipe, inputs, options, world)?;
     let splits: &[&str] = if inputs.data.held_out.is_none() { &["train"] } else { &["train", "held_out"] };
     splits.iter().map(|split| filler.fill(split)).collect()
 }
@@ -136,6 +211,8 @@ struct Filler<'a> {
     device: Device,
     teacher_reader: Option<Arc<CheckpointReader>>,
     soft_targets: Option<SoftTargetSettings>,
+    /// What connects this process with others that have parts of the teacher.
+    world: Option<&'a Rc<dyn Collective>>,
     /// Loaded when the first missing target asks for it.
     teacher: Option<Teacher>,
     token_bytes: Vec<u32>,
@@ -144,7 +221,12 @@ struct Filler<'a> {
 }
 
 impl<'a> Filler<'a> {
-    fn new(recipe: &'a Recipe, inputs: &'a Inputs, options: &'a RunOptions) -> Result<Self> {
+    fn new(
+        recipe: &'a Recipe,
+        inputs: &'a Inputs,
+        options: &'a RunOptions,
+        world: Option<&'a Rc<dyn Collective>>,
+    ) -> Result<Self> {
         let teacher_reader = match &recipe.teacher {
             Some(teacher) => Some(Arc::new(CheckpointReader::open(&teacher.checkpoint)?)),
             None => None,
@@ -166,6 +248,7 @@ impl<'a> Filler<'a> {
             inputs,
             options,
             device: options.device()?,
+            world,
             teacher_reader,
             soft_targets,
             teacher: None,
@@ -340,18 +423,18 @@ impl<'a> Filler<'a> {
 
     /// The numbers of the sequences that are computed at once, from the one that the writer asks for next.
     fn at_once(&mut self, writer: &CacheWriter, seq_len: u64) -> Result<Vec<Range<u64>>> {
-        if self.is_streamed() {
-            let Teacher::Streamed(teacher) = self.teacher()? else { unreachable!("the recipe's mode is streamed") };
-            return Ok(writer.upcoming(teacher.sweep_sequences() as u64));
-        }
-        let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
-        let mut ranges = writer.upcoming((batch_tokens / seq_len).max(1));
+        let section = self.recipe.teacher.as_ref();
+        let batch = (section.map_or(65_536, |teacher| teacher.batch_tokens) / seq_len).max(1);
+        // Only these two say themselves how much they take; a resident one is loaded when a target is missing.
+        let grouped = section.is_some_and(|teacher| teacher.mode == TeacherMode::Streamed || teacher.mesh.size() > 1);
+        let most = match grouped.then(|| self.teacher()).transpose()? {
+            Some(Teacher::Streamed(teacher)) => return Ok(writer.upcoming(teacher.sweep_sequences() as u64)),
+            Some(Teacher::Sharded(teacher)) => teacher.sequences_at_once() as u64,
+            _ => batch,
+        };
+        let mut ranges = writer.upcoming(most);
         ranges.truncate(1);
         Ok(ranges)
-    }
-
-    fn is_streamed(&self) -> bool {
-        self.recipe.teacher.as_ref().is_some_and(|teacher| teacher.mode == TeacherMode::Streamed)
     }
 
     /// Pushes sequences with their targets: from other caches where they have them, else from the teacher, which is told
@@ -404,7 +487,11 @@ impl<'a> Filler<'a> {
         };
         if !missing.is_empty() {
             let stop = self.options.stop.clone();
-            match teacher_of(&mut self.teacher, self.recipe, self.inputs, &self.teacher_reader, &self.device)? {
+            let numbered: Vec<(u64, &PackedSequence)> =
+                missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
+            let (recipe, inputs, options, device) = (self.recipe, self.inputs, self.options, &self.device);
+            let reader = &self.teacher_reader;
+            match teacher_of(&mut self.teacher, recipe, inputs, options, reader, device, self.world)? {
                 Teacher::Resident(teacher) => {
                     teacher.set_selection(selection)?;
                     for run in missing.chunk_by(|a, b| a + 1 == *b) {
@@ -413,12 +500,15 @@ impl<'a> Filler<'a> {
                         run.iter().zip(found).try_for_each(|(&place, targets)| push(place, Some(targets)))?;
                     }
                 }
+                Teacher::Sharded(teacher) => {
+                    teacher.set_selection(selection)?;
+                    let found = teacher.targets(&numbered)?;
+                    missing.iter().zip(found).try_for_each(|(&place, targets)| push(place, Some(targets)))?;
+                }
                 Teacher::Streamed(teacher) => {
                     teacher.set_selection(selection)?;
-                    let sequences: Vec<(u64, &PackedSequence)> =
-                        missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
                     let give = &mut |place: usize, targets| push(missing[place], Some(targets));
-                    if !teacher.targets(&sequences, more, &stop, give)? {
+                    if !teacher.targets(&numbered, more, &stop, give)? {
                         return Ok(false);
                     }
                 }
@@ -437,7 +527,8 @@ impl<'a> Filler<'a> {
     }
 
     fn teacher(&mut self) -> Result<&mut Teacher> {
-        teacher_of(&mut self.teacher, self.recipe, self.inputs, &self.teacher_reader, &self.device)
+        let (recipe, inputs, options, device) = (self.recipe, self.inputs, self.options, &self.device);
+        teacher_of(&mut self.teacher, recipe, inputs, options, &self.teacher_reader, device, self.world)
     }
 }
 
@@ -460,8 +551,10 @@ fn teacher_of<'a>(
     teacher: &'a mut Option<Teacher>,
     recipe: &Recipe,
     inputs: &Inputs,
+    options: &RunOptions,
     reader: &Option<Arc<CheckpointReader>>,
     device: &Device,
+    world: Option<&Rc<dyn Collective>>,
 ) -> Result<&'a mut Teacher> {
     if teacher.is_none() {
         let (Some(reader), Some(config), Some(section)) = (reader, &inputs.teacher, &recipe.teacher) else {
@@ -474,12 +567,34 @@ fn teacher_of<'a>(
             let (config, reader, seq_len) = (config.clone(), reader.clone(), recipe.data.seq_len);
             let streamed = StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
             Teacher::Streamed(Box::new(streamed))
+        } else if section.mesh.size() > 1 {
+            let settings = shard_settings(recipe, section, config, device);
+            Teacher::Sharded(Box::new(match world {
+                Some(world) => ShardedTeacher::over(world.clone(), &settings)?,
+                None => {
+                    let devices = (0..section.mesh.size()).map(|number| options.device_numbered(number));
+                    ShardedTeacher::in_process(&settings, &devices.collect::<Result<Vec<_>>>()?)?
+                }
+            }))
         } else {
             let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;
             Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
         });
     }
     Ok(teacher.as_mut().expect("just loaded"))
+}
+
+/// What every rank of a sharded teacher has to know.
+fn shard_settings(recipe: &Recipe, section: &TeacherSection, config: &DecoderConfig, device: &Device) -> ShardSettings {
+    ShardSettings {
+        checkpoint: section.checkpoint.clone(),
+        config: config.clone(),
+        mesh: section.mesh,
+        device: device.clone(),
+        selection: recipe.cache.selection(),
+        temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        batch_sequences: (section.batch_tokens as usize / recipe.data.seq_len).max(1),
+    }
 }
 
 /// What a streamed teacher may take of this machine beside what is taken already.
@@ -515,8 +630,9 @@ fn shard_sequence_bytes(recipe: &Recipe) -> u64 {
     (recipe.data.seq_len as u64 + 1) * (row + coded)
 }
 
-/// Either kind of teacher.
+/// Any kind of teacher.
 enum Teacher {
     Resident(Box<ResidentTeacher>),
+    Sharded(Box<ShardedTeacher>),
     Streamed(Box<StreamedTeacher>),
 }

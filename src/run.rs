@@ -73,12 +73,41 @@ impl RunOptions {
     }
 }
 
+impl RunOptions {
+    /// The device of number `number` among several that work together: the processor for each of them, or each a
+    /// device of its own of the kind that `device` names.
+    ///
+    /// # Errors
+    /// As [`RunOptions::device`], and when `device` names a single device.
+    pub fn device_numbered(&self, number: usize) -> Result<burn::tensor::Device> {
+        match self.device.as_str() {
+            "cpu" => self.device(),
+            "cuda" => RunOptions { device: format!("cuda:{number}"), ..self.clone() }.device(),
+            one => Err(Error::usage(
+                format!("`--device {one}` is one device, and the teacher's mesh has several"),
+                "use `cpu` or `cuda`, of which each place of the mesh takes one, or remove `teacher.mesh`",
+            )),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn message(device: &str) -> String {
         RunOptions { device: device.to_string(), ..RunOptions::default() }.device().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn several_devices_are_of_a_kind() {
+        let of = |device: &str| RunOptions { device: device.to_string(), ..RunOptions::default() }.device_numbered(3);
+        of("cpu").unwrap();
+        assert_eq!(
+            of("cuda:1").unwrap_err().to_string(),
+            "`--device cuda:1` is one device, and the teacher's mesh has several; use `cpu` or `cuda`, of which each place \
+             of the mesh takes one, or remove `teacher.mesh`"
+        );
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod rotary;
 mod row_masses;
 mod rows;
 pub mod selection;
+pub mod selection_shard;
 pub mod swiglu;
 pub mod top_k;
 pub mod vector_math;

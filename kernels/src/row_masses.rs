@@ -6,7 +6,7 @@
 use crate::vector_math::{exp, vectorised};
 
 /// Entries per block.
-pub(crate) const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 const LANES: usize = 16;
 
 /// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is

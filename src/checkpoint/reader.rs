@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::assembly::{Presented, StoredTensors};
 use super::dtype::{Dtype, TensorInfo};
+use super::runs::Runs;
 use super::tensor_file::{TensorFile, missing_tensor};
 use super::{fingerprint, open};
 use crate::error::{Error, Result};
@@ -109,6 +110,23 @@ impl CheckpointReader {
     pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Option<(Dtype, Vec<u8>)>> {
         match self.presented(name)? {
             Presented::Stored(tensor) => self.stored.file(tensor)?.stored_rows(tensor, shape, rows).map(Some),
+            Presented::Assembled(_) => Ok(None),
+        }
+    }
+
+    /// Some numbers of each of some rows as they are stored, one after the other; as [`CheckpointReader::stored_rows`].
+    ///
+    /// # Errors
+    /// As [`CheckpointReader::load_f32_rows`], and runs beyond a row.
+    pub fn stored_runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        runs: &Runs,
+    ) -> Result<Option<(Dtype, Vec<u8>)>> {
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.stored_runs(tensor, shape, rows, runs).map(Some),
             Presented::Assembled(_) => Ok(None),
         }
     }

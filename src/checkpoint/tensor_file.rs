@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use super::convert::{self, CHUNK};
 use super::dtype::{Dtype, TensorInfo};
+use super::runs::Runs;
 use crate::error::{Error, Result};
 use crate::positioned::read_exact_at;
 
@@ -133,6 +134,33 @@ impl TensorFile {
         let place = self.place(name, &(rows.start as u64 * row_elements..rows.end as u64 * row_elements))?;
         let mut bytes = vec![0; place.len()];
         self.read(name, &mut bytes, place.start)?;
+        Ok((self.info(name)?.dtype, bytes))
+    }
+
+    /// Some numbers of each of some rows as they are stored, one after the other; only their bytes are read, and the values
+    /// are not looked at. For types whose numbers are stored one by one.
+    pub(super) fn stored_runs(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        runs: &Runs,
+    ) -> Result<(Dtype, Vec<u8>)> {
+        self.checked(name, shape)?;
+        let row = check_rows(&self.path, name, shape, &rows)?;
+        if runs.each().any(|run| run.start > run.end || run.end as u64 > row) {
+            let problem = format!("a row of it has {row} numbers, and more are asked for");
+            return Err(self.error(name, problem, "check that config.json belongs to these weights"));
+        }
+        let mut bytes = vec![];
+        for start in rows.map(|number| number as u64 * row) {
+            for run in runs.each() {
+                let place = self.place(name, &(start + run.start as u64..start + run.end as u64))?;
+                let before = bytes.len();
+                bytes.resize(before + place.len(), 0);
+                self.read(name, &mut bytes[before..], place.start)?;
+            }
+        }
         Ok((self.info(name)?.dtype, bytes))
     }
 

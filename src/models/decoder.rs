@@ -78,11 +78,25 @@ impl Layer {
     /// # Shapes
     /// - `hidden` `[N, hidden]`
     pub fn forward(&self, hidden: Tensor<2>, layout: &TokenLayout) -> LayerOutput {
-        let normed = rms_norm(hidden.clone(), self.input_norm.clone(), self.eps);
-        let hidden = hidden + self.attention.forward(normed, layout);
-        let normed = rms_norm(hidden.clone(), self.post_attention_norm.clone(), self.eps);
-        let (update, routing) = self.feed_forward.forward(normed);
+        let hidden = hidden.clone() + self.attention_update(hidden, layout);
+        let (update, routing) = self.feed_forward_update(hidden.clone());
         LayerOutput { hidden: hidden + update, routing }
+    }
+
+    /// What the attention half adds to the hidden states.
+    ///
+    /// # Shapes
+    /// - `hidden` and result `[N, hidden]`
+    pub fn attention_update(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
+        self.attention.forward(rms_norm(hidden, self.input_norm.clone(), self.eps), layout)
+    }
+
+    /// What the feed-forward half adds to the hidden states after the attention half.
+    ///
+    /// # Shapes
+    /// - `attended` and result `[N, hidden]`
+    pub fn feed_forward_update(&self, attended: Tensor<2>) -> (Tensor<2>, Option<Routing>) {
+        self.feed_forward.forward(rms_norm(attended, self.post_attention_norm.clone(), self.eps))
     }
 }
 

@@ -23,7 +23,14 @@ pub trait WeightSource: Sync {
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         self.load_rows(name, shape, rows).map(Stored::Values)
     }
+
+    /// Some numbers of each of some rows of the first axis, one after the other.
+    fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
+        Ok(self.stored_rows(name, shape, rows)?.cut(shape[1..].iter().product(), runs))
+    }
 }
+
+pub use crate::checkpoint::Runs;
 
 /// The numbers of a tensor, or of some of its rows.
 pub enum Stored {
@@ -33,6 +40,40 @@ pub enum Stored {
 }
 
 impl Stored {
+    /// The numbers in f32.
+    pub fn values(self) -> Vec<f32> {
+        match self {
+            Stored::Bytes(bytes, element) => element.values(&bytes),
+            Stored::Values(values) => values,
+        }
+    }
+
+    /// These numbers and others after them.
+    pub fn followed_by(self, other: Stored) -> Stored {
+        match (self, other) {
+            (Stored::Bytes(mut bytes, element), Stored::Bytes(others, other)) if element == other => {
+                bytes.extend(others);
+                Stored::Bytes(bytes, element)
+            }
+            (first, second) => Stored::Values([first.values(), second.values()].concat()),
+        }
+    }
+
+    /// Some numbers of each row of `width` numbers.
+    fn cut(self, width: usize, runs: &Runs) -> Stored {
+        fn cut<T: Copy>(all: &[T], width: usize, scale: usize, runs: &Runs) -> Vec<T> {
+            let rows = all.chunks((width * scale).max(1));
+            let runs = |row: &'_ [T]| -> Vec<T> {
+                runs.each().flat_map(|run| row[run.start * scale..run.end * scale].to_vec()).collect()
+            };
+            rows.flat_map(runs).collect()
+        }
+        match self {
+            Stored::Bytes(bytes, element) => Stored::Bytes(cut(&bytes, width, element.bytes(), runs), element),
+            Stored::Values(values) => Stored::Values(cut(&values, width, 1, runs)),
+        }
+    }
+
     /// A matrix of these numbers, to multiply by.
     pub fn pack(&self, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
         match self {
@@ -67,13 +108,7 @@ impl WeightSource for CheckpointWeights<'_> {
 
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         let full_name = format!("{}{name}", self.prefix);
-        let element = match self.reader.info(&full_name)?.dtype {
-            Dtype::F32 => Some(Element::F32),
-            Dtype::Bf16 => Some(Element::Bf16),
-            Dtype::F16 => Some(Element::F16),
-            _ => None,
-        };
-        if let Some(element) = element
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype)
             && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone())?
             && element.all_finite(&bytes)
         {
@@ -81,6 +116,28 @@ impl WeightSource for CheckpointWeights<'_> {
         }
         // Other types and forms are converted, and what is wrong is said, by the one reader of values.
         self.load_rows(name, shape, rows).map(Stored::Values)
+    }
+
+    fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
+        let full_name = format!("{}{name}", self.prefix);
+        if let Some(element) = element(self.reader.info(&full_name)?.dtype)
+            && let Some((_, bytes)) = self.reader.stored_runs(&full_name, shape, rows.clone(), runs)?
+            && element.all_finite(&bytes)
+        {
+            return Ok(Stored::Bytes(bytes, element));
+        }
+        let values = self.load_rows(name, shape, rows)?;
+        Ok(Stored::Values(values).cut(shape[1..].iter().product(), runs))
+    }
+}
+
+/// The types that are handed on as they are stored.
+fn element(dtype: Dtype) -> Option<Element> {
+    match dtype {
+        Dtype::F32 => Some(Element::F32),
+        Dtype::Bf16 => Some(Element::Bf16),
+        Dtype::F16 => Some(Element::F16),
+        _ => None,
     }
 }
 

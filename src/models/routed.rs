@@ -76,8 +76,15 @@ impl RoutedLayer {
     /// # Shapes
     /// - `hidden` and result `[N, hidden]`
     pub fn attend(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
-        let normed = rms_norm(hidden.clone(), self.input_norm.clone(), self.eps);
-        hidden + self.attention.forward(normed, layout)
+        hidden.clone() + self.attention_update(hidden, layout)
+    }
+
+    /// What the attention half adds to the hidden states.
+    ///
+    /// # Shapes
+    /// - `hidden` and result `[N, hidden]`
+    pub fn attention_update(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
+        self.attention.forward(rms_norm(hidden, self.input_norm.clone(), self.eps), layout)
     }
 
     /// Where the tokens go, from their hidden states after the attention half.

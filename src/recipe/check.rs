@@ -1,10 +1,13 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
-use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode};
+use super::schema::{
+    Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
+};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
+use crate::models::{DecoderConfig, llama4::sharding};
 
 /// Refuses a recipe that cannot be run whatever the models are.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
@@ -39,6 +42,13 @@ impl Recipe {
         }
         let problem = format!("is {}, but {model} reads at most {max_position} positions", self.data.seq_len);
         Err(self.error("data.seq_len", problem, format!("use at most {max_position}")))
+    }
+
+    /// Refuses a mesh that the teacher cannot be laid out on.
+    pub fn check_mesh(&self, config: &DecoderConfig) -> Result<()> {
+        let Some(teacher) = &self.teacher else { return Ok(()) };
+        sharding::check(config, &teacher.mesh)
+            .map_err(|unfit| self.error(&format!("teacher.mesh.{}", unfit.axis), unfit.problem, unfit.tip))
     }
 
     /// Refuses a student that predicts fewer tokens than the tokenizer has, or another number than the teacher does.
@@ -168,6 +178,7 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
                 }
                 recipe.positive(&key, value.unwrap_or(1))?;
             }
+            check_mesh(recipe, teacher)?;
             if teacher.dtype == Dtype::Bf16 {
                 let problem = "is `bf16`, which this version cannot compute in";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
@@ -185,6 +196,22 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
         )),
         None => Ok(()),
     }
+}
+
+fn check_mesh(recipe: &Recipe, teacher: &TeacherSection) -> Result<()> {
+    for (name, size) in teacher.mesh.axes() {
+        recipe.positive(&format!("teacher.mesh.{name}"), size as u64)?;
+    }
+    if teacher.mesh.size() > 1 && teacher.mode != TeacherMode::Resident {
+        let problem = "is for a teacher whose parts stay in the memory of their devices, and this one is streamed";
+        let tip = "use teacher.mode = \"resident\", with as many devices as hold it, or remove the mesh";
+        return Err(recipe.error("teacher.mesh", problem, tip));
+    }
+    if teacher.mesh.size() > u16::MAX as usize {
+        let problem = format!("has {} devices", teacher.mesh.size());
+        return Err(recipe.error("teacher.mesh", problem, format!("use at most {}", u16::MAX)));
+    }
+    Ok(())
 }
 
 fn check_student(recipe: &Recipe) -> Result<()> {

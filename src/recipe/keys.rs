@@ -8,6 +8,7 @@ use super::schema::{
     StudentSection, TeacherSection, TrainSection,
 };
 use crate::data::DataSource;
+use crate::parallel::Mesh;
 
 /// A table of the recipe: its path, with `[]` after a list, and its keys.
 pub(super) struct Section {
@@ -26,6 +27,7 @@ pub(super) fn sections() -> Vec<Section> {
         section::<DataSource>("data.sources[]"),
         section::<DataSource>("data.held_out[]"),
         section::<TeacherSection>("teacher"),
+        section::<Mesh>("teacher.mesh"),
         section::<CacheSection>("cache"),
         // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
         Section { path: "cache.selection", keys: &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"] },

@@ -358,6 +358,9 @@ impl fmt::Display for Plan {
                     let memory = teacher.memory.map_or("three quarters of what is free".into(), short_bytes);
                     line("", format!("streamed, a layer at a time, in {memory} of memory"))?;
                 }
+                if teacher.mesh.size() > 1 {
+                    line("", format!("on {} devices: {}", teacher.mesh.size(), teacher.mesh))?;
+                }
                 let (selection, temperatures) = (recipe.cache.selection(), &recipe.cache.temperatures);
                 line("soft target", format!("{}, at temperature {temperatures:?}", selection.summary()))?;
                 let bytes = self.cache_bytes as f64 / (self.sequences.get() * seq_len as u64).max(1) as f64;

@@ -12,6 +12,7 @@ use super::load::Origin;
 use crate::cache::Codec;
 use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
 use crate::loss::{Divergence, Tail, Weighting};
+use crate::parallel::Mesh;
 use crate::schedule::{LearningRate, Schedule};
 use crate::selection::Selection;
 use crate::targets::TargetKind;
@@ -92,6 +93,13 @@ pub struct TeacherSection {
     /// For `streamed`: whether hidden states that do not fit into memory go to a file in the run directory. Default `auto`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill: Option<Spill>,
+    /// The devices it is divided over, by axis. Default: one device.
+    #[serde(default, skip_serializing_if = "is_one_device")]
+    pub mesh: Mesh,
+}
+
+fn is_one_device(mesh: &Mesh) -> bool {
+    *mesh == Mesh::default()
 }
 
 /// Where the teacher's weights are while it runs.

@@ -1,18 +1,25 @@
 //! Running a teacher and summing up its predictions as [`SparseTargets`]. Never imports `train`.
 //!
 //! [`ResidentTeacher`] has all layers in memory; [`StreamedTeacher`] has one or two, and runs each over many tokens.
-//! Both give the same targets.
+//! Both give the same targets. [`ShardedTeacher`] is on several devices.
 //!
 //! [`SparseTargets`]: crate::targets::SparseTargets
 
 mod ahead;
 mod budget;
+mod dispatch;
 mod predictions;
+mod rank_model;
 pub mod resident;
+pub mod sharded;
+mod sharded_head;
+mod slices;
 mod states;
 pub mod streamed;
 mod sweep;
+mod wire;
 
 pub use budget::{Spill, StreamSettings};
 pub use resident::ResidentTeacher;
+pub use sharded::{ShardSettings, ShardedTeacher};
 pub use streamed::{StreamCounts, StreamedTeacher};

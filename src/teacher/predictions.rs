@@ -1,6 +1,6 @@
 //! What is kept of a teacher's logits: rows of them become rows of [`SparseTargets`]. Knows nothing of models.
 
-use limbeck_kernels::selection::{RowPlace, Rule, select};
+use limbeck_kernels::selection::{RowPlace, Rule, SelectedRow, select};
 
 use crate::{
     error::{Error, Result},
@@ -22,6 +22,13 @@ pub(super) struct Predictions {
 pub(super) struct Row {
     place: RowPlace,
     valid: bool,
+}
+
+impl Row {
+    /// The token it predicts.
+    pub(super) fn label(&self) -> u32 {
+        self.place.label
+    }
 }
 
 impl Predictions {
@@ -89,7 +96,20 @@ impl Predictions {
     /// When a prediction is not finite.
     pub(super) fn append(&self, logits: &[f32], rows: &[Row], targets: &mut SparseTargets) -> Result<()> {
         let places: Vec<RowPlace> = rows.iter().map(|row| row.place).collect();
-        let kept = select(logits, self.vocab, &places, rule(&self.selection), &self.temperatures);
+        let kept = select(logits, self.vocab, &places, self.rule(), &self.temperatures);
+        self.append_selected(kept, rows, targets)
+    }
+
+    /// Appends what was kept of some rows. Rows that predict across documents keep nothing.
+    ///
+    /// # Errors
+    /// When a prediction is not finite.
+    pub(super) fn append_selected(
+        &self,
+        kept: Vec<SelectedRow>,
+        rows: &[Row],
+        targets: &mut SparseTargets,
+    ) -> Result<()> {
         for (row, kept) in rows.iter().zip(kept) {
             if !row.valid {
                 targets.extend(&self.nothing());
@@ -121,6 +141,19 @@ impl Predictions {
             });
         }
         Ok(())
+    }
+
+    /// What the selection asks of the rows' arithmetic.
+    pub(super) fn rule(&self) -> Rule {
+        rule(&self.selection)
+    }
+
+    pub(super) fn temperatures(&self) -> &[f32] {
+        &self.temperatures
+    }
+
+    pub(super) fn vocab(&self) -> usize {
+        self.vocab
     }
 
     /// A row that keeps nothing.

@@ -58,6 +58,14 @@ impl Element {
         }
     }
 
+    /// The numbers of `bytes`.
+    pub fn values(self, bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; bytes.len() / self.bytes()];
+        let pieces = values.par_chunks_mut(PIECE / self.bytes()).zip(bytes.par_chunks(PIECE));
+        pieces.for_each(|(values, bytes)| self.decode(bytes, values));
+        values
+    }
+
     /// Whether all numbers are of a kind. It is asked of whole stretches, so that no branch stands in the loop.
     fn all(self, bytes: &[u8], is: impl Fn(f32) -> bool + Sync) -> bool {
         let fine = |piece: &[u8]| {

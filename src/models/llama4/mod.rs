@@ -1,6 +1,7 @@
 //! Llama 4's text model: its configuration in both spellings, and the presets in [`shapes`].
 
 pub mod shapes;
+pub mod sharding;
 
 use std::path::Path;
 
