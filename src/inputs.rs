@@ -33,10 +33,10 @@ impl Inputs {
         for (key, checkpoint) in checkpoints(recipe) {
             check_path(recipe, key, checkpoint, "give the path of a model directory in Hugging Face layout")?;
         }
-        let teacher = match &recipe.teacher {
-            Some(section) => {
-                let reader = CheckpointReader::open(&section.checkpoint)?;
-                Some(read_config(&section.checkpoint.join("config.json"), reader.config())?)
+        let teacher = match recipe.teacher_checkpoint() {
+            Some(checkpoint) => {
+                let reader = CheckpointReader::open(checkpoint)?;
+                Some(read_config(&checkpoint.join("config.json"), reader.config())?)
             }
             None => None,
         };
@@ -47,6 +47,8 @@ impl Inputs {
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
+        } else if recipe.remote_teacher().is_some() {
+            recipe.check_selection(student.vocab_size)?;
         }
         let teacher_vocab = match &recipe.cache.train {
             Some(cache) => Some(captured_vocabulary(cache, &tokenizer)?),
@@ -132,7 +134,7 @@ fn kept_share(plan: &Plan) -> Option<f64> {
 
 /// The checkpoints a recipe names, each under its key.
 fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
-    let teacher = recipe.teacher.iter().map(|teacher| ("teacher.checkpoint", teacher.checkpoint.as_path()));
+    let teacher = recipe.teacher_checkpoint().into_iter().map(|teacher| ("teacher.checkpoint", teacher.as_path()));
     teacher.chain(recipe.student.checkpoint.iter().map(|checkpoint| ("student.checkpoint", checkpoint.as_path())))
 }
 
@@ -171,7 +173,7 @@ fn check_tokenizers(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<()> {
 }
 
 fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
-    let teacher = recipe.teacher.as_ref().map(|teacher| &teacher.checkpoint);
+    let teacher = recipe.teacher_checkpoint();
     let Some(path) = recipe.data.tokenizer.as_ref().or(teacher).or(recipe.student.checkpoint.as_ref()) else {
         let tip = "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`";
         return Err(recipe.error("data.tokenizer", "is missing and no model brings one", tip));

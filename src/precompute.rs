@@ -17,7 +17,8 @@ use crate::{
     inputs::Inputs,
     models::{Decoder, parameter::CheckpointWeights},
     progress::{Progress, Unit},
-    recipe::Recipe,
+    recipe::{Recipe, TeacherSection},
+    remote::{ApiKey, Attempts, RemoteConfig, RemoteTeacher, SERVED},
     run::RunOptions,
     selection::Selection,
     targets::{PackedSequence, SparseTargets, TargetKind, TargetSource},
@@ -135,27 +136,40 @@ struct Filler<'a> {
     soft_targets: Option<SoftTargetSettings>,
     /// Loaded when the first missing target asks for it.
     teacher: Option<ResidentTeacher>,
+    /// Of a recipe that says so, unless its caches are finished.
+    remote: Option<RemoteTeacher>,
     token_bytes: Vec<u32>,
 }
 
 impl<'a> Filler<'a> {
     fn new(recipe: &'a Recipe, inputs: &'a Inputs, options: &'a RunOptions) -> Result<Self> {
-        let teacher_reader = match &recipe.teacher {
-            Some(teacher) => Some(CheckpointReader::open(&teacher.checkpoint)?),
+        let teacher_reader = match recipe.teacher_checkpoint() {
+            Some(checkpoint) => Some(CheckpointReader::open(checkpoint)?),
             None => None,
         };
-        let soft_targets = match (&recipe.teacher, &teacher_reader) {
-            (Some(teacher), Some(reader)) => Some(SoftTargetSettings {
-                teacher: TeacherIdentity {
-                    name: teacher.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                    fingerprint: reader.fingerprint()?,
-                    dtype: "f32".into(),
-                },
-                selection: recipe.cache.selection(),
-                temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        let mut remote = None;
+        let identity = match (&recipe.teacher, &teacher_reader) {
+            (None, _) => None,
+            (Some(teacher), Some(reader)) => Some(TeacherIdentity {
+                name: teacher.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                fingerprint: reader.fingerprint()?,
+                dtype: "f32".into(),
             }),
-            _ => None,
+            (Some(section), None) => Some(match finished_remote_teacher(section, inputs) {
+                Some(identity) => identity,
+                None => {
+                    let teacher = connect(recipe, section, inputs, options)?;
+                    let (fingerprint, dtype) = (teacher.fingerprint(), teacher.precision());
+                    remote = Some(teacher);
+                    TeacherIdentity { name: section.model.clone().unwrap_or_default(), fingerprint, dtype }
+                }
+            }),
         };
+        let soft_targets = identity.map(|teacher| SoftTargetSettings {
+            teacher,
+            selection: recipe.cache.selection(),
+            temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        });
         Ok(Filler {
             recipe,
             inputs,
@@ -164,6 +178,7 @@ impl<'a> Filler<'a> {
             teacher_reader,
             soft_targets,
             teacher: None,
+            remote,
             token_bytes: inputs.tokenizer.token_byte_lengths(),
         })
     }
@@ -236,7 +251,10 @@ impl<'a> Filler<'a> {
     /// Ids the soft targets may name: the teacher's, which may be padded beyond the tokenizer's.
     fn vocab_size(&self) -> usize {
         let teacher = self.inputs.teacher.as_ref().map_or(0, |teacher| teacher.vocab_size);
-        teacher.max(self.inputs.tokenizer.vocab_size())
+        match self.recipe.remote_teacher() {
+            Some(_) => remote_vocab_size(self.inputs),
+            None => teacher.max(self.inputs.tokenizer.vocab_size()),
+        }
     }
 
     /// The caches of other runs that may have some of the targets.
@@ -260,7 +278,10 @@ impl<'a> Filler<'a> {
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
         let label = if split == "held_out" { format!("{label}, held out") } else { label.into() };
         let mut progress = None;
-        let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
+        let batch_tokens = match &self.remote {
+            Some(remote) => remote.tokens_at_once(),
+            None => self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens),
+        };
         let batch = (batch_tokens / seq_len).max(1);
         // Sequences that the loader has given, or gone past.
         let mut given = 0;
@@ -307,8 +328,9 @@ impl<'a> Filler<'a> {
                 writer.set_position(given, serde_json::to_value(loader.position()).expect("a position is plain data"));
                 let targets = match &self.soft_targets {
                     Some(_) => self.targets(split, reuse, &sequences, next)?,
-                    None => vec![None; sequences.len()],
+                    None => Some(vec![None; sequences.len()]),
                 };
+                let Some(targets) = targets else { continue };
                 for (sequence, targets) in sequences.into_iter().zip(targets) {
                     let bytes = self.text_bytes(&sequence);
                     writer.push(sequence, targets, bytes)?;
@@ -327,25 +349,34 @@ impl<'a> Filler<'a> {
     }
 
     /// The targets of sequences in a row, the first of them with the number `first`: from other caches where they have
-    /// them, else from the teacher.
+    /// them, else from the teacher. `None` when the run was asked to stop meanwhile.
     fn targets(
         &mut self,
         split: &str,
         reuse: &Reuse,
         sequences: &[PackedSequence],
         first: u64,
-    ) -> Result<Vec<Option<SparseTargets>>> {
+    ) -> Result<Option<Vec<Option<SparseTargets>>>> {
         let mut targets = sequences.iter().map(|sequence| reuse.targets(sequence)).collect::<Result<Vec<_>>>()?;
         let mut start = 0;
         while start < targets.len() {
             let missing = targets[start..].iter().take_while(|targets| targets.is_none()).count();
             if missing > 0 {
-                let found = self.teacher(split)?.targets(&sequences[start..start + missing], first + start as u64)?;
+                let (wanted, first) = (&sequences[start..start + missing], first + start as u64);
+                let selection = self.selection(split);
+                let found = match &mut self.remote {
+                    None => self.teacher(split)?.targets(wanted, first)?,
+                    Some(remote) => {
+                        remote.set_selection(selection)?;
+                        let Some(found) = remote.targets(wanted, first, &self.options.stop)? else { return Ok(None) };
+                        found
+                    }
+                };
                 targets[start..start + missing].iter_mut().zip(found).for_each(|(place, found)| *place = Some(found));
             }
             start += missing.max(1);
         }
-        Ok(targets)
+        Ok(Some(targets))
     }
 
     /// Sequences the held-out split may have, for the progress bar alone.
@@ -376,4 +407,47 @@ impl<'a> Filler<'a> {
         teacher.set_selection(selection)?;
         Ok(&*teacher)
     }
+}
+
+/// Ids that a remote teacher may name. Servers do not say how many there are; the student predicts as many.
+fn remote_vocab_size(inputs: &Inputs) -> usize {
+    inputs.student.vocab_size.max(inputs.tokenizer.vocab_size())
+}
+
+/// What finished caches say of their remote teacher, if it is the recipe's: its server need not run any more.
+fn finished_remote_teacher(section: &TeacherSection, inputs: &Inputs) -> Option<TeacherIdentity> {
+    let teacher = |split: &str| {
+        let cache = CacheReader::open(inside(&inputs.plan.cache_dir, split)).ok()?;
+        let teacher = cache.manifest().settings.soft_targets.as_ref()?.teacher.clone();
+        (Some(&teacher.name) == section.model.as_ref() && teacher.fingerprint.starts_with(SERVED)).then_some(teacher)
+    };
+    let train = teacher("train")?;
+    (inputs.data.held_out.is_none() || teacher("held_out")? == train).then_some(train)
+}
+
+/// Asks the servers of a recipe's remote teacher what they serve.
+fn connect(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs, options: &RunOptions) -> Result<RemoteTeacher> {
+    let api_key = match &section.api_key_env {
+        None => None,
+        Some(name) => {
+            let key = std::env::var(name).ok().and_then(ApiKey::new).ok_or_else(|| {
+                let problem = format!("names `{name}`, which holds no key in this environment");
+                recipe.error("teacher.api_key_env", problem, format!("export {name}, or correct the name"))
+            })?;
+            Some(key)
+        }
+    };
+    let config = RemoteConfig {
+        urls: section.url.clone(),
+        model: section.model.clone().unwrap_or_default(),
+        api_key,
+        concurrency: section.concurrency.unwrap_or(8),
+        request_tokens: section.batch_tokens,
+        timeout: Duration::from_secs_f64(section.timeout.unwrap_or(300.0)),
+        requests_per_second: section.requests_per_second,
+        attempts: Attempts { retries: section.retries.unwrap_or(Attempts::default().retries), ..Attempts::default() },
+    };
+    let (vocab_size, longest) = (remote_vocab_size(inputs), inputs.data.seq_len + 1);
+    let teacher = RemoteTeacher::connect(config, recipe.cache.selection(), vocab_size, longest, &options.stop)?;
+    teacher.ok_or_else(|| Error::Interrupted { saved: inputs.plan.cache_dir.clone() })
 }

@@ -329,8 +329,14 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("data.held_out=100%", "`data.held_out` is 1; use a number above 0 and below 1, or a token amount"),
         ("data.held_out=[]", "`data.held_out` is empty; name at least one file, as in [{ path = \"text.txt\" }]"),
         ("teacher.batch_tokens=0", "`teacher.batch_tokens` is 0; use at least 1"),
-        ("teacher.mode=streamed", "`teacher.mode` is `streamed`, which this version cannot do; use `resident`"),
-        ("teacher.mode=remote", "`teacher.mode` is `remote`, which this version cannot do; use `resident`"),
+        (
+            "teacher.mode=streamed",
+            "`teacher.mode` is `streamed`, which this version cannot do; use `resident` or `remote`",
+        ),
+        (
+            "teacher.mode=remote",
+            "`teacher.checkpoint` is for a teacher that runs here, and this one is remote; remove it",
+        ),
         ("teacher.dtype=bf16", "`teacher.dtype` is `bf16`, which this version cannot compute in; use `f32`"),
         ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),
         (

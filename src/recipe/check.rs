@@ -1,6 +1,7 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
+use super::remote_teacher;
 use super::schema::{Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
@@ -74,7 +75,7 @@ impl Recipe {
     }
 
     /// Refuses a number outside a range given in words.
-    fn number(&self, key: &str, value: f64, allowed: bool, range: &str) -> Result<()> {
+    pub(super) fn number(&self, key: &str, value: f64, allowed: bool, range: &str) -> Result<()> {
         if value.is_finite() && allowed {
             return Ok(());
         }
@@ -151,15 +152,11 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
     }
     match &recipe.teacher {
         Some(teacher) => {
-            let mode = match teacher.mode {
-                TeacherMode::Resident => None,
-                TeacherMode::Streamed => Some("streamed"),
-                TeacherMode::Remote => Some("remote"),
-            };
-            if let Some(mode) = mode {
-                let problem = format!("is `{mode}`, which this version cannot do");
-                return Err(recipe.error("teacher.mode", problem, "use `resident`"));
+            if teacher.mode == TeacherMode::Streamed {
+                let problem = "is `streamed`, which this version cannot do";
+                return Err(recipe.error("teacher.mode", problem, "use `resident` or `remote`"));
             }
+            remote_teacher::check(recipe, teacher)?;
             if teacher.dtype == Dtype::Bf16 {
                 let problem = "is `bf16`, which this version cannot compute in";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));

@@ -11,9 +11,11 @@ mod divergence_key;
 mod keys;
 mod load;
 mod plan;
+mod remote_teacher;
 mod schema;
 mod selection_key;
 mod student;
+mod url_key;
 
 pub use keys::all_keys;
 pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, cache_bytes};
