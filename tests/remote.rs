@@ -89,6 +89,7 @@ fn a_remote_teacher_gives_what_the_resident_one_does() {
                 let (resident, remote) = (open(&resident), open(&run));
                 let (of_log_probs, of_tails, rows) = differences(&resident, &remote);
                 assert!(rows > 500, "{rows}");
+                println!("{run} {split}: {of_log_probs:.1e} {of_tails:.1e}");
                 assert!(of_log_probs < 1e-5 && of_tails < 1e-6, "{run}: {of_log_probs:.1e} {of_tails:.1e}");
                 assert_eq!(resident.manifest().settings.data_fingerprint, remote.manifest().settings.data_fingerprint);
             }
@@ -126,7 +127,8 @@ fn the_cache_depends_on_no_number_of_connections_servers_or_failures() {
     let noisy = remote(&small, &[&others[0], &others[1]], "concurrency = 6", &["teacher.batch_tokens=40"]);
     precompute::run(&noisy, &small.options("noisy")).unwrap();
     assert_eq!((others[0].faults_left(), others[1].faults_left()), (0, 0));
-    assert!(others.iter().all(|server| server.asked().len() > 20), "both work");
+    let worked = others.each_ref().map(|server| server.asked().len());
+    assert!(worked.iter().all(|count| *count > 8), "{worked:?}: both do more than to fail");
     assert!(others.iter().any(|server| server.most_under_way() > 1));
     // Nobody is asked again before the time it gave.
     let asked = others[0].asked();
@@ -189,7 +191,7 @@ fn answers_that_are_none_are_refused_by_sequence_and_token() {
     }
     let document = "the document at token 0 of sequence 0";
     let row = "the row about token 3 of sequence 0";
-    let cases: [(Fault, String); 15] = [
+    let cases: [(Fault, String); 16] = [
         (Fault::Body("<html>busy</html>"), "it is not JSON: expected value".into()),
         (
             Fault::Body("{\"choices\": [NaN]}"),
@@ -245,6 +247,10 @@ fn answers_that_are_none_are_refused_by_sequence_and_token() {
         (
             Fault::Changed(|answer| likeliest(answer)["logprob"] = json!("low")),
             format!("{document}: place 3 of `prompt_logprobs` has the log-probability \"low\" for the id ID"),
+        ),
+        (
+            Fault::Changed(|answer| drop(likeliest(answer).as_object_mut().unwrap().remove("rank"))),
+            format!("{document}: it has no rank for the id ID"),
         ),
     ];
     for (fault, expected) in cases {
@@ -324,11 +330,12 @@ fn a_server_that_goes_away_leaves_what_is_sealed_and_the_run_goes_on() {
 fn a_cache_that_another_model_began_is_not_gone_on_with() {
     let small = SmallRun::new();
     let server = PromptServer::start(&small.path("teacher"), VLLM);
-    let more = "concurrency = 1\nretries = 0";
-    server.gone_after(Some(3));
-    precompute::run(&remote(&small, &[&server], more, &[]), &small.options("run")).unwrap_err();
+    let (more, shards) = ("concurrency = 1\nretries = 0", ["cache.sequences_per_shard=10"]);
+    server.gone_after(Some(12));
+    precompute::run(&remote(&small, &[&server], more, &shards), &small.options("run")).unwrap_err();
+    assert!(fs::read_dir(small.path("run/cache/train/shards")).unwrap().count() > 0);
     let other = PromptServer::start(&small.path("teacher"), Manner { root: "/models/other", ..VLLM });
-    let error = precompute::run(&remote(&small, &[&other], more, &[]), &small.options("run")).unwrap_err();
+    let error = precompute::run(&remote(&small, &[&other], more, &shards), &small.options("run")).unwrap_err();
     let message = error.to_string();
     assert!(message.starts_with("the teacher differs: "), "{message}");
     assert!(message.contains("`small`, fingerprint served:"), "{message}");
@@ -396,6 +403,21 @@ fn a_request_to_stop_is_heeded_within_a_second() {
     while server.asked().len() < 4 {
         thread::sleep(Duration::from_millis(10));
     }
+    let told = Instant::now();
+    stop.store(true, Ordering::Relaxed);
+    let (result, ended) = asking.join().unwrap();
+    assert!(matches!(result, Err(Error::Interrupted { .. })), "{result:?}");
+    assert!(ended - told < Duration::from_secs(1), "{:?}", ended - told);
+
+    // Nor does it wait for a server that is not there.
+    let url = server.url();
+    drop(server);
+    let other = PromptServer::start(&small.path("teacher"), VLLM);
+    let recipe = remote(&small, &[&other], "retries = 100", &[&format!("teacher.url={url}")]);
+    let options = small.options("absent");
+    let stop = options.stop.clone();
+    let asking = thread::spawn(move || (precompute::run(&recipe, &options), Instant::now()));
+    thread::sleep(Duration::from_secs(1));
     let told = Instant::now();
     stop.store(true, Ordering::Relaxed);
     let (result, ended) = asking.join().unwrap();

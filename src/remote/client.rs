@@ -10,7 +10,7 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(3600);
 /// Connections that are kept, and what goes with every request.
 pub(super) struct Client {
     agent: ureq::Agent,
-    authorization: Option<String>,
+    api_key: Option<String>,
 }
 
 /// What came of a request.
@@ -35,47 +35,67 @@ impl Client {
             .max_idle_connections_per_host(1024)
             .user_agent(concat!("limbeck/", env!("CARGO_PKG_VERSION")))
             .build();
-        Client { agent: config.new_agent(), authorization: api_key.map(|key| format!("Bearer {key}")) }
+        Client { agent: config.new_agent(), api_key: api_key.map(str::to_string) }
+    }
+
+    fn authorized<B>(&self, request: ureq::RequestBuilder<B>) -> ureq::RequestBuilder<B> {
+        match &self.api_key {
+            Some(key) => request.header("Authorization", format!("Bearer {key}")),
+            None => request,
+        }
     }
 
     pub fn get(&self, url: &str) -> Outcome {
-        let mut request = self.agent.get(url);
-        if let Some(authorization) = &self.authorization {
-            request = request.header("Authorization", authorization);
-        }
-        outcome(request.call(), SMALL_ANSWER)
+        self.outcome(self.authorized(self.agent.get(url)).call(), SMALL_ANSWER)
     }
 
     /// Sends JSON; refuses an answer of more than `most_bytes`.
     pub fn post(&self, url: &str, json: &[u8], most_bytes: u64) -> Outcome {
-        let mut request = self.agent.post(url).header("Content-Type", "application/json");
-        if let Some(authorization) = &self.authorization {
-            request = request.header("Authorization", authorization);
-        }
-        outcome(request.send(json), most_bytes.saturating_add(SMALL_ANSWER))
+        let request = self.authorized(self.agent.post(url).header("Content-Type", "application/json"));
+        self.outcome(request.send(json), most_bytes.saturating_add(SMALL_ANSWER))
     }
-}
 
-fn outcome(answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>, most_bytes: u64) -> Outcome {
-    let mut answer = match answer {
-        Ok(answer) => answer,
-        Err(error) => return failed(&error),
-    };
-    let status = answer.status().as_u16();
-    let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.trim().parse().ok());
-    let retry_after = retry_after.map(|seconds| Duration::from_secs(seconds).min(LONGEST_RETRY_AFTER));
-    let body = match answer.body_mut().with_config().limit(most_bytes).read_to_vec() {
-        Ok(body) => body,
-        Err(error) if status < 300 => return failed(&error),
-        // That it failed is known; only the reason is lost.
-        Err(_) => vec![],
-    };
-    match status {
-        200..300 => Outcome::Answer(body),
-        408 | 425 | 429 | 500.. => {
-            Outcome::Failed { problem: format!("it answers {status}{}", reason(&body)), retry_after }
+    fn outcome(&self, answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>, most_bytes: u64) -> Outcome {
+        let mut answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return failed(&error),
+        };
+        let status = answer.status().as_u16();
+        let retry_after =
+            answer.headers().get("retry-after").and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let retry_after = retry_after.map(|seconds| Duration::from_secs(seconds).min(LONGEST_RETRY_AFTER));
+        let body = match answer.body_mut().with_config().limit(most_bytes).read_to_vec() {
+            Ok(body) => body,
+            Err(error) if status < 300 => return failed(&error),
+            // That it failed is known; only the reason is lost.
+            Err(_) => vec![],
+        };
+        match status {
+            200..300 => Outcome::Answer(body),
+            408 | 425 | 429 | 500.. => {
+                Outcome::Failed { problem: format!("it answers {status}{}", self.reason(&body)), retry_after }
+            }
+            _ => {
+                Outcome::Refused { status: Some(status), problem: format!("it answers {status}{}", self.reason(&body)) }
+            }
         }
-        _ => Outcome::Refused { status: Some(status), problem: format!("it answers {status}{}", reason(&body)) },
+    }
+
+    /// What a server says of its failure: the message of an error in JSON, else the beginning of the text. Some repeat
+    /// the key that they refuse: it is not shown.
+    fn reason(&self, body: &[u8]) -> String {
+        let text = String::from_utf8_lossy(body);
+        let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
+        let said = json.as_ref().and_then(|json| {
+            let places = ["/error/message", "/message", "/detail", "/error"];
+            places.iter().find_map(|place| json.pointer(place)?.as_str())
+        });
+        let said = said.unwrap_or(&text);
+        let said = match &self.api_key {
+            Some(key) => one_line(&said.replace(key.as_str(), "<the key>")),
+            None => one_line(said),
+        };
+        if said.is_empty() { said } else { format!(": {said}") }
     }
 }
 
@@ -96,18 +116,6 @@ fn failed(error: &ureq::Error) -> Outcome {
     }
 }
 
-/// What a server says of its failure: the message of an error in JSON, else the beginning of the text.
-fn reason(body: &[u8]) -> String {
-    let text = String::from_utf8_lossy(body);
-    let json: Option<serde_json::Value> = serde_json::from_slice(body).ok();
-    let said = json.as_ref().and_then(|json| {
-        let places = ["/error/message", "/message", "/detail", "/error"];
-        places.iter().find_map(|place| json.pointer(place)?.as_str())
-    });
-    let said = one_line(said.unwrap_or(&text));
-    if said.is_empty() { said } else { format!(": {said}") }
-}
-
 /// Text as a part of a message: one line, of bounded length.
 pub(super) fn one_line(text: &str) -> String {
     const LONGEST: usize = 300;
@@ -115,5 +123,22 @@ pub(super) fn one_line(text: &str) -> String {
     match line.char_indices().nth(LONGEST) {
         Some((end, _)) => format!("{}...", &line[..end]),
         None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_is_one_line_without_the_key() {
+        let client = Client::new(Duration::from_secs(1), Some("s3cret-key"));
+        let said = |body: &str| client.reason(body.as_bytes());
+        assert_eq!(said("{\"error\": {\"message\": \"wrong key:\\n s3cret-key\"}}"), ": wrong key: <the key>");
+        assert_eq!(said("no s3cret-key here, Bearer s3cret-key"), ": no <the key> here, Bearer <the key>");
+        // Nor a part of it, where the text is cut.
+        let long = format!("{}s3cret-key", "x".repeat(295));
+        assert_eq!(said(&long), format!(": {}<the ...", "x".repeat(295)));
+        assert_eq!(said(" \n"), "");
     }
 }

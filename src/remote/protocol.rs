@@ -5,6 +5,7 @@
 
 use serde_json::{Value, json};
 
+use super::client::one_line;
 use super::prompts::Prompt;
 use super::rows::{Flaw, Given, given};
 use crate::import::{Entry, Place, server_places, without_infinities};
@@ -131,7 +132,14 @@ fn vllm_places(choice: &Value, prompt: &Prompt) -> Result<Vec<Place>, Flaw> {
     }
     match choice.get("prompt_logprobs") {
         None | Some(Value::Null) => Err(Flaw::Wrong("it has no `prompt_logprobs`".into())),
-        Some(places) => server_places(places, "prompt_logprobs").map_err(Flaw::Wrong),
+        Some(places) => {
+            let places = server_places(places, "prompt_logprobs").map_err(Flaw::Wrong)?;
+            // An object of ids has no order, so ranks say what it is.
+            match places.iter().flatten().flatten().find(|entry| entry.rank.is_none()) {
+                None => Ok(places),
+                Some(entry) => Err(Flaw::Wrong(format!("it has no rank for the id {}", entry.id))),
+            }
+        }
     }
 }
 
@@ -151,7 +159,10 @@ fn sglang_places(answer: &Value, prompt: &Prompt) -> Result<Vec<Place>, Flaw> {
         let log_prob = entry.get(0).and_then(Value::as_f64);
         match (id, log_prob) {
             (Some(id), Some(log_prob)) => Ok(Entry { id, log_prob: log_prob as f32, rank: None }),
-            _ => Err(Flaw::Wrong(format!("it has the entry {entry}, which is not a log-probability and an id"))),
+            _ => {
+                let entry = one_line(&entry.to_string());
+                Err(Flaw::Wrong(format!("it has the entry {entry}, which is not a log-probability and an id")))
+            }
         }
     };
     let places = own.iter().zip(top).enumerate().map(|(number, (own, top))| {
