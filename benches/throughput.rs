@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     };
     match arguments.first().map(String::as_str) {
         Some("teacher") => {
-            let model = Decoder::open(Path::new(&arguments[1]), &Device::flex())?;
+            let model = Decoder::open_for_inference(Path::new(&arguments[1]), &Device::flex())?;
             let ids = read_safetensors(Path::new(&arguments[2]))?.load_i64("input_ids")?;
             let ids = ids.into_iter().map(|id| id as u32).collect();
             teacher(model, ids, number(3, 4), number(4, 512), number(5, 64))
@@ -43,7 +43,7 @@ fn main() -> Result<()> {
         _ => {
             let config = shapes::tiny().decoder(Path::new("tiny"))?;
             let weights = RandomWeights { seed: 1, std: 0.02 };
-            let model = Decoder::load(config.clone(), &weights, &Device::flex())?;
+            let model = Decoder::load_for_inference(config.clone(), &weights, &Device::flex())?;
             teacher(model, (0..1024).map(|i| i * 7 % 2048).collect(), 2, 128, 32)?;
             student(config, 2, 128, 32, 5)
         }

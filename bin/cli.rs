@@ -49,6 +49,12 @@ pub enum Command {
     /// Measure the latest checkpoints of a run on its held-out text again
     Evaluate(EvaluateArgs),
 
+    /// Estimate what the teacher's pass of a recipe takes on some hardware: memory, time, and the way to run it
+    ///
+    /// Computed from shapes and rates, without loading anything; docs/planning.md has the arithmetic. Ways that do not fit are
+    /// listed with the reason.
+    Plan(PlanArgs),
+
     /// Say what a recipe, cache, checkpoint or run directory holds
     Inspect(InspectArgs),
 
@@ -131,8 +137,50 @@ pub struct EvaluateArgs {
 }
 
 #[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+
+    /// Override one key of the recipe, as in --set data.tokens=1T; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+
+    /// Where it is to run: 1x24gb, 1xh100, 8xh100, 64xh100 or a TOML file; may be given several times [default: all four]
+    #[arg(long, value_name = "NAME|FILE")]
+    pub hardware: Vec<String>,
+
+    /// Plan for another teacher than the recipe's: scout, maverick, behemoth, or the directory of a model
+    #[arg(long, value_name = "SHAPE|DIR")]
+    pub teacher: Option<String>,
+
+    /// How its weights are stored while it runs
+    #[arg(long, value_enum, default_value_t = WeightsFlag::Bf16)]
+    pub weights: WeightsFlag,
+
+    /// Memory that a streamed teacher may take on each device, in GB [default: 92% of it]
+    #[arg(long, value_name = "GB")]
+    pub memory: Option<f64>,
+
+    /// Price of one device for an hour
+    #[arg(long, value_name = "PRICE")]
+    pub price: Option<f64>,
+
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum WeightsFlag {
+    F32,
+    Bf16,
+    Fp8,
+}
+
+#[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A recipe, the directory of a cache, a checkpoint or a run, or the address of a cache
+    /// A recipe, the directory of a cache, a checkpoint or a run, a .gguf file, a model as hf:org/name, or the address of a
+    /// cache
     pub path: PathBuf,
 
     /// Override one key of the recipe, as in --set cache.top_k=32; may be given several times
@@ -383,7 +431,7 @@ pub struct TokenizerTrainArgs {
 
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// The text to continue
@@ -412,7 +460,7 @@ pub struct GenerateArgs {
 
 #[derive(Debug, Args)]
 pub struct LogitsArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// Safetensors file with `input_ids`, i64 of shape [batch, sequence]
@@ -429,7 +477,7 @@ pub struct LogitsArgs {
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// A model directory
+    /// A model directory, a .gguf file, or a model on the hub as hf:org/name
     pub checkpoint: PathBuf,
 
     /// The directory to write

@@ -23,13 +23,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         let problem = format!("--max-shard-bytes is `{}`", args.max_shard_bytes);
         return Err(Error::usage(problem, "give a number of bytes such as 500M or 5B"));
     };
-    let mut files = vec![];
-    if args.checkpoint.join("tokenizer.json").is_file() {
-        for path in Tokenizer::open(&args.checkpoint)?.files() {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            files.push((name, std::fs::read(&path).map_err(Error::io(&path))?));
-        }
-    }
+    let files = match Tokenizer::of_checkpoint(&args.checkpoint)? {
+        Some(file) => Tokenizer::open(&file)?.files()?,
+        None => vec![],
+    };
     let export = Export { dtype, max_shard_bytes: Some(max_shard_bytes), replace: args.replace };
     write_model(&mut model, &args.output, &export, &files, None)?;
     print(&format!("checkpoint: {}\n", args.output.display()))

@@ -15,7 +15,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let device = RunOptions { device: args.device.device.clone(), ..RunOptions::default() }.device()?;
     let tokenizer = Tokenizer::open(&args.checkpoint)?;
-    let model = Decoder::open(&args.checkpoint, &device)?;
+    let model = Decoder::open_for_inference(&args.checkpoint, &device)?;
     let prompt: Vec<u32> = tokenizer.document_start().into_iter().chain(tokenizer.encode(&args.prompt)?).collect();
     let (length, most) = (prompt.len().saturating_add(args.max_tokens), model.config.max_position);
     if length > most {

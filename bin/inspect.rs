@@ -1,6 +1,8 @@
 //! `inspect`: what a path holds, decided by what it is.
 
 use limbeck::cache::is_url;
+use limbeck::checkpoint::is_gguf;
+use limbeck::hub::is_hub;
 use limbeck::inputs::Inputs;
 use limbeck::recipe::{Plan, Recipe};
 use limbeck::run::RunOptions;
@@ -19,12 +21,19 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         }
         return inspect_cache::run(args);
     }
+    if is_hub(path) {
+        return inspect_checkpoint::run(args);
+    }
     if !path.exists() {
         let problem = format!("there is nothing at {}", path.display());
-        return Err(Error::usage(problem, "name a recipe, or the directory of a cache, a checkpoint or a run"));
+        return Err(Error::usage(
+            problem,
+            "name a recipe, a .gguf file, or the directory of a cache, a checkpoint or a run",
+        ));
     }
     let holds = |name: &str| path.join(name).is_file();
-    let is_recipe = path.is_file() || holds("recipe.toml");
+    let is_gguf = path.is_file() && is_gguf(path);
+    let is_recipe = path.is_file() && !is_gguf || holds("recipe.toml");
     if !is_recipe && !args.set.is_empty() {
         return Err(Error::usage(format!("{} is not a recipe", path.display()), "use --set with recipes only"));
     }
@@ -53,13 +62,13 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         print(&plan(&recipe, &RunOptions { run_dir, ..RunOptions::default() })?.to_string())
     } else if is_cache {
         inspect_cache::run(args)
-    } else if holds("config.json") {
+    } else if is_gguf || holds("config.json") || holds("params.json") {
         inspect_checkpoint::run(args)
     } else {
         Err(Error::file(
             path,
-            "holds no recipe.toml, manifest.json or config.json",
-            "name a recipe, or the directory of a cache, a checkpoint or a run",
+            "holds no recipe.toml, manifest.json, config.json or params.json",
+            "name a recipe, a .gguf file, or the directory of a cache, a checkpoint or a run",
         ))
     }
 }

@@ -23,7 +23,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     if batch * length == 0 {
         return Err(wrong(args, "is empty".into(), "give at least one token"));
     }
-    let model = Decoder::open(&args.checkpoint, &device)?;
+    let model = Decoder::open_for_inference(&args.checkpoint, &device)?;
     let vocab = model.config.vocab_size;
     model.config.check_seq_len(length)?;
     let ids = file.load_i64("input_ids")?;

@@ -40,6 +40,7 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> Result<()> {
     match command {
+        Command::Plan(args) => plan::estimate(&args),
         Command::PrecomputeTeacherLogits(args) if args.run.dry_run => plan::run(&args.run.recipe, &args.run.run),
         Command::PrecomputeTeacherLogits(args) => precompute::run(&args),
         Command::Distill(args) if args.dry_run => plan::run(&args.recipe, &args.run),

@@ -140,9 +140,9 @@ pub fn compare(cache: &CacheReader, checkpoint: &Path, device: &Device, sequence
     }
     let reader = CheckpointReader::open(checkpoint)?;
     let same_teacher = reader.fingerprint()? == soft_targets.teacher.fingerprint;
-    let config = crate::models::read_config(&checkpoint.join("config.json"), reader.config())?;
+    let config = crate::models::read_config(reader.config_path(), reader.config())?;
     config.check_seq_len(settings.seq_len)?;
-    let model = Decoder::load(config, &CheckpointWeights::new(&reader), device)?;
+    let model = Decoder::load_for_inference(config, &CheckpointWeights::new(&reader), device)?;
 
     let all = cache.sequence_count();
     let wanted = sequence_count.min(all);

@@ -1,13 +1,14 @@
 //! What a run reads, opened and checked before anything is computed: tokenizer, models' configurations, data settings.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::{
     cache::{CacheReader, Expectation},
-    checkpoint::CheckpointReader,
+    checkpoint::read_configuration,
     data::{DataConfig, HeldOut},
     durable,
     error::{Error, Result},
+    hub,
     models::{DecoderConfig, read_config},
     recipe::{ModelSize, Plan, Recipe},
     run::RunOptions,
@@ -31,12 +32,17 @@ impl Inputs {
     /// When a file is missing or malformed, and when recipe, tokenizer and models do not fit each other.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
         for (key, checkpoint) in checkpoints(recipe) {
-            check_path(recipe, key, checkpoint, "give the path of a model directory in Hugging Face layout")?;
+            check_path(
+                recipe,
+                key,
+                checkpoint,
+                "give the path of a model directory in Hugging Face layout, or of a .gguf file",
+            )?;
         }
         let teacher = match recipe.teacher_checkpoint() {
             Some(checkpoint) => {
-                let reader = CheckpointReader::open(checkpoint)?;
-                Some(read_config(&checkpoint.join("config.json"), reader.config())?)
+                let (path, config) = read_configuration(checkpoint)?;
+                Some(read_config(&path, &config)?)
             }
             None => None,
         };
@@ -108,11 +114,7 @@ impl Inputs {
 
     /// The tokenizer's files, as a checkpoint carries them.
     pub fn tokenizer_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let read = |path: PathBuf| {
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            Ok((name, std::fs::read(&path).map_err(Error::io(&path))?))
-        };
-        self.tokenizer.files().into_iter().map(read).collect()
+        self.tokenizer.files()
     }
 }
 
@@ -140,7 +142,7 @@ fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
 
 /// Refuses a path that leads nowhere, as the slip in the recipe that it is.
 fn check_path(recipe: &Recipe, key: &str, path: &Path, tip: &str) -> Result<()> {
-    if path.exists() {
+    if hub::is_hub(path) || path.exists() {
         return Ok(());
     }
     Err(recipe.error(key, format!("is {}, which does not exist", path.display()), tip))
@@ -149,11 +151,15 @@ fn check_path(recipe: &Recipe, key: &str, path: &Path, tip: &str) -> Result<()> 
 /// Refuses a tokenizer other than the one a model was made with: its token ids would mean something else.
 fn check_tokenizers(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<()> {
     for (key, checkpoint) in checkpoints(recipe) {
-        let own = checkpoint.join("tokenizer.json");
-        if !own.is_file() || own == tokenizer.path() {
-            continue;
-        }
-        let own = Tokenizer::open(&own)?;
+        let Some(own) = Tokenizer::of_checkpoint(checkpoint)?.filter(|own| own != tokenizer.path()) else { continue };
+        let own = match Tokenizer::open(&own) {
+            // A vocabulary of a kind that is not read from there; the recipe names another in its place.
+            Err(error @ Error::Config { .. }) => {
+                tracing::warn!("the tokenizer that `{key}` holds is not compared with the one in use: {error}");
+                continue;
+            }
+            own => own?,
+        };
         if own.fingerprint() != tokenizer.fingerprint() {
             let side = |tokenizer: &Tokenizer| {
                 let fingerprint: String = tokenizer.fingerprint().chars().take(16).collect();

@@ -1,28 +1,33 @@
 //! The first driver: text in, caches of packed tokens and soft targets out. Fills only what is missing, alone or as one
 //! of several writers.
 
+mod served;
+
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 
 use crate::{
     cache::{
-        CacheReader, CacheSettings, CacheWriter, Expectation, Missing, Next, Outcome, Reuse, SoftTargetSettings,
+        CacheReader, CacheSettings, CacheWriter, Codec, Expectation, Missing, Next, Outcome, Reuse, SoftTargetSettings,
         TeacherIdentity, TokenizerIdentity, inside, is_url,
     },
     checkpoint::CheckpointReader,
     data::{DataLoader, HeldOut, Position},
     error::{Error, Result},
     inputs::Inputs,
+    memory,
     models::{Decoder, parameter::CheckpointWeights},
     progress::{Progress, Unit},
-    recipe::{Recipe, TeacherSection},
-    remote::{ApiKey, Attempts, RemoteConfig, RemoteTeacher, SERVED},
+    recipe::{Recipe, TeacherMode, TeacherSection},
+    remote::RemoteTeacher,
     run::RunOptions,
     selection::Selection,
     targets::{PackedSequence, SparseTargets, TargetKind, TargetSource},
-    teacher::ResidentTeacher,
+    teacher::{ResidentTeacher, StreamSettings, StreamedTeacher},
 };
 
 /// The finished caches of a run.
@@ -132,35 +137,35 @@ struct Filler<'a> {
     inputs: &'a Inputs,
     options: &'a RunOptions,
     device: Device,
-    teacher_reader: Option<CheckpointReader>,
+    teacher_reader: Option<Arc<CheckpointReader>>,
     soft_targets: Option<SoftTargetSettings>,
-    /// Loaded when the first missing target asks for it.
-    teacher: Option<ResidentTeacher>,
-    /// Of a recipe that says so, unless its caches are finished.
-    remote: Option<RemoteTeacher>,
+    /// Loaded when the first missing target asks for it; a remote one is there from the start, unless nothing is missing.
+    teacher: Option<Teacher>,
     token_bytes: Vec<u32>,
+    /// Time that went into encoding and writing the split that is being filled.
+    writing: Duration,
 }
 
 impl<'a> Filler<'a> {
     fn new(recipe: &'a Recipe, inputs: &'a Inputs, options: &'a RunOptions) -> Result<Self> {
         let teacher_reader = match recipe.teacher_checkpoint() {
-            Some(checkpoint) => Some(CheckpointReader::open(checkpoint)?),
+            Some(checkpoint) => Some(Arc::new(CheckpointReader::open(checkpoint)?)),
             None => None,
         };
-        let mut remote = None;
+        let mut teacher = None;
         let identity = match (&recipe.teacher, &teacher_reader) {
             (None, _) => None,
-            (Some(teacher), Some(reader)) => Some(TeacherIdentity {
-                name: teacher.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            (Some(section), Some(reader)) => Some(TeacherIdentity {
+                name: section.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                 fingerprint: reader.fingerprint()?,
                 dtype: "f32".into(),
             }),
-            (Some(section), None) => Some(match finished_remote_teacher(section, inputs) {
+            (Some(section), None) => Some(match served::finished(section, inputs) {
                 Some(identity) => identity,
                 None => {
-                    let teacher = connect(recipe, section, inputs, options)?;
-                    let (fingerprint, dtype) = (teacher.fingerprint(), teacher.precision());
-                    remote = Some(teacher);
+                    let remote = served::connect(recipe, section, inputs, options)?;
+                    let (fingerprint, dtype) = (remote.fingerprint(), remote.precision());
+                    teacher = Some(Teacher::Remote(Box::new(remote)));
                     TeacherIdentity { name: section.model.clone().unwrap_or_default(), fingerprint, dtype }
                 }
             }),
@@ -177,9 +182,9 @@ impl<'a> Filler<'a> {
             device: options.device()?,
             teacher_reader,
             soft_targets,
-            teacher: None,
-            remote,
+            teacher,
             token_bytes: inputs.tokenizer.token_byte_lengths(),
+            writing: Duration::ZERO,
         })
     }
 
@@ -202,11 +207,18 @@ impl<'a> Filler<'a> {
             cache.expect_settings(&settings)?;
             return Ok((dir, Filled::Whole(Box::new(cache))));
         }
+        let began = Instant::now();
+        self.writing = Duration::ZERO;
         let mut writer = CacheWriter::create_or_resume(&dir, settings, self.options.part)?;
         if !writer.is_finished() {
             self.write(split, &dir, loader, &mut writer)?;
         }
-        let filled = match writer.finish_part()? {
+        let finishing = Instant::now();
+        let outcome = writer.finish_part()?;
+        let (writing, whole) = (self.writing + finishing.elapsed(), began.elapsed());
+        let share = 100.0 * writing.as_secs_f64() / whole.as_secs_f64();
+        tracing::debug!("{}: {share:.2}% of {:.1} s went into writing", dir.display(), whole.as_secs_f64());
+        let filled = match outcome {
             Outcome::Missing(missing) => Filled::Part(missing),
             Outcome::Finished(manifest) => {
                 tracing::debug!("{}: {} sequences", dir.display(), manifest.counts.sequences);
@@ -252,7 +264,7 @@ impl<'a> Filler<'a> {
     fn vocab_size(&self) -> usize {
         let teacher = self.inputs.teacher.as_ref().map_or(0, |teacher| teacher.vocab_size);
         match self.recipe.remote_teacher() {
-            Some(_) => remote_vocab_size(self.inputs),
+            Some(_) => served::vocab_size(self.inputs),
             None => teacher.max(self.inputs.tokenizer.vocab_size()),
         }
     }
@@ -270,7 +282,8 @@ impl<'a> Filler<'a> {
         Ok(reuse)
     }
 
-    /// Fills this writer's shards. Batches end where shards do, for a row's last bit may depend on the batch it is in.
+    /// Fills this writer's shards. What is computed at once ends where a shard does with a resident teacher, for on some
+    /// devices a row's last bit depends on the batch it is in; a streamed one computes sweeps of any shards.
     fn write(&mut self, split: &str, dir: &Path, mut loader: DataLoader, writer: &mut CacheWriter) -> Result<()> {
         let reuse = &self.reuse(split, writer.settings())?;
         let seq_len = loader.seq_len() as u64;
@@ -278,11 +291,6 @@ impl<'a> Filler<'a> {
         let label = if self.soft_targets.is_some() { "teacher" } else { "tokens" };
         let label = if split == "held_out" { format!("{label}, held out") } else { label.into() };
         let mut progress = None;
-        let batch_tokens = match &self.remote {
-            Some(remote) => remote.tokens_at_once(),
-            None => self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens),
-        };
-        let batch = (batch_tokens / seq_len).max(1);
         // Sequences that the loader has given, or gone past.
         let mut given = 0;
         loop {
@@ -314,31 +322,29 @@ impl<'a> Filler<'a> {
             if self.options.stop_requested() {
                 continue;
             }
-            let wanted = if given == next { batch.min(writer.room()) } else { 0 };
-            let mut sequences: Vec<PackedSequence> = Vec::with_capacity(wanted as usize);
-            while (sequences.len() as u64) < wanted {
-                match loader.next_sequence()? {
-                    Some(sequence) => sequences.push(sequence),
-                    None => break,
+            // The loader may have ended before it came there.
+            let (mut asked, mut ended) = (vec![], given < next);
+            let ranges = if ended { vec![] } else { self.at_once(writer, seq_len)? };
+            'ranges: for range in ranges {
+                while given < range.end {
+                    let Some(sequence) = loader.next_sequence()? else {
+                        ended = true;
+                        break 'ranges;
+                    };
+                    if given >= range.start {
+                        asked.push(Asked { number: given, sequence, position: None });
+                    }
+                    given += 1;
+                }
+                if let Some(last) = asked.last_mut() {
+                    last.position = Some(serde_json::to_value(loader.position()).expect("a position is plain data"));
                 }
             }
-            let count = sequences.len() as u64;
-            given += count;
-            if count > 0 {
-                writer.set_position(given, serde_json::to_value(loader.position()).expect("a position is plain data"));
-                let targets = match &self.soft_targets {
-                    Some(_) => self.targets(split, reuse, &sequences, next)?,
-                    None => Some(vec![None; sequences.len()]),
-                };
-                let Some(targets) = targets else { continue };
-                for (sequence, targets) in sequences.into_iter().zip(targets) {
-                    let bytes = self.text_bytes(&sequence);
-                    writer.push(sequence, targets, bytes)?;
-                }
-                progress.advance(count * seq_len);
+            let more = !ended && loader.sequence_limit().is_none_or(|limit| given < limit);
+            if !self.compute(split, reuse, &asked, more, writer, progress)? {
+                continue;
             }
-            // Fewer than were asked for, or the loader ended before it came there.
-            if count < wanted || given < next {
+            if ended {
                 writer.end(given)?;
             }
         }
@@ -348,35 +354,104 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
-    /// The targets of sequences in a row, the first of them with the number `first`: from other caches where they have
-    /// them, else from the teacher. `None` when the run was asked to stop meanwhile.
-    fn targets(
+    /// The numbers of the sequences that are computed at once, from the one that the writer asks for next.
+    fn at_once(&mut self, writer: &CacheWriter, seq_len: u64) -> Result<Vec<Range<u64>>> {
+        if self.is_streamed() {
+            let Teacher::Streamed(teacher) = self.teacher()? else { unreachable!("the recipe's mode is streamed") };
+            return Ok(writer.upcoming(teacher.sweep_sequences() as u64));
+        }
+        if let Some(Teacher::Remote(teacher)) = &self.teacher {
+            return Ok(writer.upcoming((teacher.tokens_at_once() / seq_len).max(1)));
+        }
+        let batch_tokens = self.recipe.teacher.as_ref().map_or(65_536, |teacher| teacher.batch_tokens);
+        let mut ranges = writer.upcoming((batch_tokens / seq_len).max(1));
+        ranges.truncate(1);
+        Ok(ranges)
+    }
+
+    fn is_streamed(&self) -> bool {
+        self.recipe.teacher.as_ref().is_some_and(|teacher| teacher.mode == TeacherMode::Streamed)
+    }
+
+    /// Pushes sequences with their targets: from other caches where they have them, else from the teacher, which is told
+    /// whether `more` will follow. Whether all of them were pushed, and not only those before a request to stop.
+    fn compute(
         &mut self,
         split: &str,
         reuse: &Reuse,
-        sequences: &[PackedSequence],
-        first: u64,
-    ) -> Result<Option<Vec<Option<SparseTargets>>>> {
-        let mut targets = sequences.iter().map(|sequence| reuse.targets(sequence)).collect::<Result<Vec<_>>>()?;
-        let mut start = 0;
-        while start < targets.len() {
-            let missing = targets[start..].iter().take_while(|targets| targets.is_none()).count();
-            if missing > 0 {
-                let (wanted, first) = (&sequences[start..start + missing], first + start as u64);
-                let selection = self.selection(split);
-                let found = match &mut self.remote {
-                    None => self.teacher(split)?.targets(wanted, first)?,
-                    Some(remote) => {
-                        remote.set_selection(selection)?;
-                        let Some(found) = remote.targets(wanted, first, &self.options.stop)? else { return Ok(None) };
-                        found
-                    }
-                };
-                targets[start..start + missing].iter_mut().zip(found).for_each(|(place, found)| *place = Some(found));
+        asked: &[Asked],
+        more: bool,
+        writer: &mut CacheWriter,
+        progress: &Progress,
+    ) -> Result<bool> {
+        let mut missing = vec![];
+        if self.soft_targets.is_some() {
+            for (place, asked) in asked.iter().enumerate() {
+                if reuse.targets(&asked.sequence)?.is_none() {
+                    missing.push(place);
+                }
             }
-            start += missing.max(1);
         }
-        Ok(Some(targets))
+        let selection = self.selection(split);
+        let (token_bytes, writing) = (&self.token_bytes, &mut self.writing);
+        let mut push_one = |asked: &Asked, targets: Option<SparseTargets>| {
+            // Another writer may have finished the cache meanwhile.
+            if writer.next_push()? == Next::Sequence(asked.number) {
+                if let Some(position) = &asked.position {
+                    writer.set_position(asked.number + 1, position.clone());
+                }
+                let bytes = text_bytes(token_bytes, &asked.sequence);
+                let began = Instant::now();
+                writer.push(asked.sequence.clone(), targets, bytes)?;
+                *writing += began.elapsed();
+                progress.advance(asked.sequence.seq_len() as u64);
+            }
+            Ok(())
+        };
+        // Pushes in order: what is at hand up to `place`, and that of `place` itself.
+        let mut pushed = 0;
+        let mut push = |place: usize, targets: Option<SparseTargets>| -> Result<()> {
+            while pushed < place {
+                push_one(&asked[pushed], reuse.targets(&asked[pushed].sequence)?)?;
+                pushed += 1;
+            }
+            if targets.is_some() {
+                push_one(&asked[place], targets)?;
+                pushed += 1;
+            }
+            Ok(())
+        };
+        if !missing.is_empty() {
+            let stop = self.options.stop.clone();
+            match teacher_of(&mut self.teacher, self.recipe, self.inputs, &self.teacher_reader, &self.device)? {
+                Teacher::Resident(teacher) => {
+                    teacher.set_selection(selection)?;
+                    for run in missing.chunk_by(|a, b| a + 1 == *b) {
+                        let sequences = run.iter().map(|&place| asked[place].sequence.clone());
+                        let found = teacher.targets(&sequences.collect::<Vec<_>>(), asked[run[0]].number)?;
+                        run.iter().zip(found).try_for_each(|(&place, targets)| push(place, Some(targets)))?;
+                    }
+                }
+                Teacher::Streamed(teacher) => {
+                    teacher.set_selection(selection)?;
+                    let sequences: Vec<(u64, &PackedSequence)> =
+                        missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
+                    let give = &mut |place: usize, targets| push(missing[place], Some(targets));
+                    if !teacher.targets(&sequences, more, &stop, give)? {
+                        return Ok(false);
+                    }
+                }
+                Teacher::Remote(teacher) => {
+                    teacher.set_selection(selection)?;
+                    let sequences: Vec<(u64, &PackedSequence)> =
+                        missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
+                    let Some(found) = teacher.targets(&sequences, &stop)? else { return Ok(false) };
+                    missing.iter().zip(found).try_for_each(|(&place, targets)| push(place, Some(targets)))?;
+                }
+            }
+        }
+        push(asked.len(), None)?;
+        Ok(true)
     }
 
     /// Sequences the held-out split may have, for the progress bar alone.
@@ -387,67 +462,88 @@ impl<'a> Filler<'a> {
         }
     }
 
-    /// Bytes of raw text that the predicted tokens stand for.
-    fn text_bytes(&self, sequence: &PackedSequence) -> u64 {
-        let predicted = (0..sequence.seq_len()).filter(|&t| sequence.is_valid(t)).map(|t| sequence.tokens[t + 1]);
-        predicted.map(|id| self.token_bytes.get(id as usize).copied().unwrap_or(0) as u64).sum()
-    }
-
-    fn teacher(&mut self, split: &str) -> Result<&ResidentTeacher> {
-        let selection = self.selection(split);
-        if self.teacher.is_none() {
-            let (Some(reader), Some(config)) = (&self.teacher_reader, &self.inputs.teacher) else {
-                unreachable!("soft targets come with a teacher");
-            };
-            let model = Decoder::load(config.clone(), &CheckpointWeights::new(reader), &self.device)?;
-            let temperatures: Vec<f32> = self.recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
-            self.teacher = Some(ResidentTeacher::new(model, selection.clone(), &temperatures)?);
-        }
-        let teacher = self.teacher.as_mut().expect("just loaded");
-        teacher.set_selection(selection)?;
-        Ok(&*teacher)
+    fn teacher(&mut self) -> Result<&mut Teacher> {
+        teacher_of(&mut self.teacher, self.recipe, self.inputs, &self.teacher_reader, &self.device)
     }
 }
 
-/// Ids that a remote teacher may name. Servers do not say how many there are; the student predicts as many.
-fn remote_vocab_size(inputs: &Inputs) -> usize {
-    inputs.student.vocab_size.max(inputs.tokenizer.vocab_size())
+/// A sequence that the writer asks for.
+struct Asked {
+    number: u64,
+    sequence: PackedSequence,
+    /// Where the loader is after it, at the ends of shards.
+    position: Option<serde_json::Value>,
 }
 
-/// What finished caches say of their remote teacher, if it is the recipe's: its server need not run any more.
-fn finished_remote_teacher(section: &TeacherSection, inputs: &Inputs) -> Option<TeacherIdentity> {
-    let teacher = |split: &str| {
-        let cache = CacheReader::open(inside(&inputs.plan.cache_dir, split)).ok()?;
-        let teacher = cache.manifest().settings.soft_targets.as_ref()?.teacher.clone();
-        (Some(&teacher.name) == section.model.as_ref() && teacher.fingerprint.starts_with(SERVED)).then_some(teacher)
-    };
-    let train = teacher("train")?;
-    (inputs.data.held_out.is_none() || teacher("held_out")? == train).then_some(train)
+/// Bytes of raw text that the predicted tokens stand for.
+fn text_bytes(token_bytes: &[u32], sequence: &PackedSequence) -> u64 {
+    let predicted = (0..sequence.seq_len()).filter(|&t| sequence.is_valid(t)).map(|t| sequence.tokens[t + 1]);
+    predicted.map(|id| token_bytes.get(id as usize).copied().unwrap_or(0) as u64).sum()
 }
 
-/// Asks the servers of a recipe's remote teacher what they serve.
-fn connect(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs, options: &RunOptions) -> Result<RemoteTeacher> {
-    let api_key = match &section.api_key_env {
-        None => None,
-        Some(name) => {
-            let key = std::env::var(name).ok().and_then(ApiKey::new).ok_or_else(|| {
-                let problem = format!("names `{name}`, which holds no key in this environment");
-                recipe.error("teacher.api_key_env", problem, format!("export {name}, or correct the name"))
-            })?;
-            Some(key)
-        }
+/// The teacher, loaded if it is not.
+fn teacher_of<'a>(
+    teacher: &'a mut Option<Teacher>,
+    recipe: &Recipe,
+    inputs: &Inputs,
+    reader: &Option<Arc<CheckpointReader>>,
+    device: &Device,
+) -> Result<&'a mut Teacher> {
+    if teacher.is_none() {
+        let (Some(reader), Some(config), Some(section)) = (reader, &inputs.teacher, &recipe.teacher) else {
+            unreachable!("soft targets come with a teacher");
+        };
+        let selection = recipe.cache.selection();
+        let temperatures: Vec<f32> = recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
+        *teacher = Some(if section.mode == TeacherMode::Streamed {
+            let settings = stream_settings(recipe, section, inputs)?;
+            let (config, reader, seq_len) = (config.clone(), reader.clone(), recipe.data.seq_len);
+            let streamed = StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
+            Teacher::Streamed(Box::new(streamed))
+        } else {
+            let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;
+            Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
+        });
+    }
+    Ok(teacher.as_mut().expect("just loaded"))
+}
+
+/// What a streamed teacher may take of this machine beside what is taken already.
+fn stream_settings(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs) -> Result<StreamSettings> {
+    let own = memory::of_this_process();
+    let memory = match section.memory {
+        Some(memory) => memory,
+        None => memory::free().map(|free| own + free / 4 * 3).ok_or_else(|| {
+            recipe.error("teacher.memory", "is missing, and this system does not say what is free", "give a size")
+        })?,
     };
-    let config = RemoteConfig {
-        urls: section.url.clone(),
-        model: section.model.clone().unwrap_or_default(),
-        api_key,
-        concurrency: section.concurrency.unwrap_or(8),
-        request_tokens: section.batch_tokens,
-        timeout: Duration::from_secs_f64(section.timeout.unwrap_or(300.0)),
-        requests_per_second: section.requests_per_second,
-        attempts: Attempts { retries: section.retries.unwrap_or(Attempts::default().retries), ..Attempts::default() },
-    };
-    let (vocab_size, longest) = (remote_vocab_size(inputs), inputs.data.seq_len + 1);
-    let teacher = RemoteTeacher::connect(config, recipe.cache.selection(), vocab_size, longest, &options.stop)?;
-    teacher.ok_or_else(|| Error::Interrupted { saved: inputs.plan.cache_dir.clone() })
+    let shard = recipe.cache.sequences_per_shard as u64 * shard_sequence_bytes(recipe);
+    Ok(StreamSettings {
+        memory,
+        // Buffers of the text and of what the allocator keeps come to that.
+        taken: vec![("the program", own + OWN_GROWTH + memory / 16), ("a shard in the making", shard)],
+        batch_tokens: section.batch_tokens,
+        sweep_tokens: section.sweep_tokens,
+        spill: section.spill.unwrap_or_default(),
+        spill_dir: inputs.plan.run_dir.clone(),
+    })
+}
+
+/// Bytes by which the program grows beside the teacher and the cache.
+const OWN_GROWTH: u64 = 32 << 20;
+
+/// The most that one sequence takes in a shard that is being filled or sealed.
+fn shard_sequence_bytes(recipe: &Recipe) -> u64 {
+    let (ids, captures) = (recipe.cache.selection().most_ids() as u64, recipe.cache.temperatures.len() as u64);
+    let row = 12 + 8 + 4 * ids + captures * (4 * ids + 8);
+    // Codecs other than `raw` make the bytes of a shard beside its numbers.
+    let coded = if recipe.cache.codec == Codec::Raw { 0 } else { row / 2 };
+    (recipe.data.seq_len as u64 + 1) * (row + coded)
+}
+
+/// A teacher of any kind.
+enum Teacher {
+    Resident(Box<ResidentTeacher>),
+    Streamed(Box<StreamedTeacher>),
+    Remote(Box<RemoteTeacher>),
 }

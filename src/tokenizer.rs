@@ -1,14 +1,19 @@
 //! Text to token ids and back, with a fingerprint of what the tokenizer does.
 //!
-//! Wraps Hugging Face `tokenizer.json` files, and trains byte-level BPE ones that `transformers` reads too.
+//! Wraps Hugging Face `tokenizer.json` files and what GGUF files hold of them, and trains byte-level BPE ones that
+//! `transformers` reads too.
 //! Knows nothing of documents, packing or models.
 //!
 //! Two ways to encode, because text that merely *mentions* a special token must not become one:
 //! [`Tokenizer::encode`] reads `<|end_of_text|>` in a prompt as the special token, as `transformers` does;
 //! [`Tokenizer::encode_document`] reads everything as plain text, and is what training data goes through.
 
+mod gguf;
+
+use crate::checkpoint::{is_gguf, read_gguf};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -33,6 +38,8 @@ pub struct Tokenizer {
 
 struct Shared {
     path: PathBuf,
+    /// Names and content of the files that a GGUF file stands for; empty for files that are there themselves.
+    made: Vec<(String, Vec<u8>)>,
     /// Recognises special tokens that are spelt out in the text.
     prompts: tokenizers::Tokenizer,
     /// Reads everything as text.
@@ -50,13 +57,14 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Opens a directory that holds `tokenizer.json`, or that file itself.
+    /// Opens a directory that holds `tokenizer.json`, that file itself, or a GGUF file with a vocabulary in it.
     ///
     /// Truncation and padding that the file may ask for are switched off: training text is never silently cut.
     ///
     /// # Errors
     /// The file is missing or malformed, or a file beside it names a document token that it does not have.
     pub fn open(path: &Path) -> Result<Tokenizer> {
+        let path = &hub::local(path, Wanted::Tokenizer)?;
         let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_path_buf() };
         if !file.is_file() {
             let problem = if path.is_dir() { "this folder has no tokenizer.json" } else { "there is no such file" };
@@ -66,11 +74,38 @@ impl Tokenizer {
                 "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`",
             ));
         }
+        if is_gguf(&file) {
+            return Self::open_gguf(file);
+        }
         let bytes = fs::read(&file).map_err(Error::io(&file))?;
+        let folder = file.parent().unwrap_or(Path::new("")).to_path_buf();
+        Self::build(file, &bytes, vec![], |tokenizer| {
+            let start = document_token(&folder, tokenizer, "bos_token", &KNOWN_STARTS)?;
+            Ok((start, document_token(&folder, tokenizer, "eos_token", &KNOWN_ENDS)?))
+        })
+    }
+
+    fn open_gguf(file: PathBuf) -> Result<Tokenizer> {
+        let [tokenizer, settings] = gguf::files(read_gguf(&file)?.metadata())?;
+        let bytes = |value: &Value| serde_json::to_vec_pretty(value).expect("JSON values always serialise");
+        let text = bytes(&tokenizer);
+        let made = vec![("tokenizer.json".into(), text.clone()), ("tokenizer_config.json".into(), bytes(&settings))];
+        Self::build(file, &text, made, |tokenizer| {
+            let id = |key: &str| settings[key].as_str().and_then(|token| tokenizer.token_to_id(token));
+            Ok((id("bos_token"), id("eos_token")))
+        })
+    }
+
+    fn build(
+        file: PathBuf,
+        bytes: &[u8],
+        made: Vec<(String, Vec<u8>)>,
+        document_tokens: impl Fn(&tokenizers::Tokenizer) -> Result<(Option<u32>, Option<u32>)>,
+    ) -> Result<Tokenizer> {
         let malformed = |source: tokenizers::Error| {
             Error::file(&file, format!("not a tokenizer: {}", one_line(&source)), "write it again from its source")
         };
-        let mut prompts = tokenizers::Tokenizer::from_bytes(&bytes).map_err(malformed)?;
+        let mut prompts = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
         prompts.with_truncation(None).map_err(malformed)?;
         prompts.with_padding(None);
         let mut documents = prompts.clone();
@@ -79,11 +114,10 @@ impl Tokenizer {
         if vocab_size == 0 {
             return Err(Error::file(&file, "the vocabulary is empty", "train the tokenizer on some text"));
         }
-        let folder = file.parent().unwrap_or(Path::new(""));
-        let document_start = document_token(folder, &prompts, "bos_token", &KNOWN_STARTS)?;
-        let document_end = document_token(folder, &prompts, "eos_token", &KNOWN_ENDS)?;
+        let (document_start, document_end) = document_tokens(&prompts)?;
         let fingerprint = OnceLock::new();
-        let shared = Shared { path: file, prompts, documents, vocab_size, document_start, document_end, fingerprint };
+        let shared =
+            Shared { path: file, made, prompts, documents, vocab_size, document_start, document_end, fingerprint };
         Ok(Tokenizer { shared: Arc::new(shared) })
     }
 
@@ -105,6 +139,7 @@ impl Tokenizer {
         let document_end = end.map_or(Ok(self.document_end()), find)?;
         let shared = Shared {
             path: self.shared.path.clone(),
+            made: self.shared.made.clone(),
             prompts: self.shared.prompts.clone(),
             documents: self.shared.documents.clone(),
             vocab_size: self.shared.vocab_size,
@@ -115,7 +150,7 @@ impl Tokenizer {
         Ok(Tokenizer { shared: Arc::new(shared) })
     }
 
-    /// The `tokenizer.json` this was read from.
+    /// The file this was read from.
     pub fn path(&self) -> &Path {
         &self.shared.path
     }
@@ -228,13 +263,33 @@ impl Tokenizer {
         self.shared.fingerprint.get_or_init(|| fingerprint(&self.shared.prompts)).clone()
     }
 
-    /// Where the tokenizer's files are: what a checkpoint written with it has to carry along.
-    pub fn files(&self) -> Vec<PathBuf> {
+    /// Where the tokenizer of a checkpoint is: beside its weights, or inside its GGUF file. None when it has none.
+    ///
+    /// # Errors
+    /// It is on the hub, and cannot be had from there.
+    pub fn of_checkpoint(checkpoint: &Path) -> Result<Option<PathBuf>> {
+        let checkpoint = hub::local(checkpoint, Wanted::Tokenizer)?;
+        let file = if is_gguf(&checkpoint) { checkpoint } else { checkpoint.join("tokenizer.json") };
+        Ok(file.is_file().then_some(file))
+    }
+
+    /// Names and content of the tokenizer's files: what a checkpoint written with it has to carry along.
+    ///
+    /// # Errors
+    /// A file cannot be read any more.
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        if !self.shared.made.is_empty() {
+            return Ok(self.shared.made.clone());
+        }
         let folder = self.shared.path.parent().unwrap_or(Path::new(""));
         let mut files = vec![self.shared.path.clone()];
         let beside = ["tokenizer_config.json", "special_tokens_map.json"];
         files.extend(beside.iter().map(|name| folder.join(name)).filter(|file| file.is_file()));
-        files
+        let read = |path: PathBuf| {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            Ok((name, fs::read(&path).map_err(Error::io(&path))?))
+        };
+        files.into_iter().map(read).collect()
     }
 }
 

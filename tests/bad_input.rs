@@ -48,7 +48,7 @@ fn a_missing_file_is_named_with_the_key_that_names_it() {
         (
             "teacher",
             "DIR/recipe.toml: line 10: `teacher.checkpoint` is DIR/teacher, which does not exist; give the path of a model \
-             directory in Hugging Face layout",
+             directory in Hugging Face layout, or of a .gguf file",
         ),
         (
             "text.jsonl",

@@ -65,11 +65,12 @@ fn with_recipe() -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 18] = [
+    let commands: [&[&str]; 19] = [
         &[],
         &["precompute-teacher-logits"],
         &["distill"],
         &["evaluate"],
+        &["plan"],
         &["inspect"],
         &["cache"],
         &["cache", "convert"],
@@ -149,7 +150,7 @@ fn a_wrong_recipe_exits_2_with_one_line_on_stderr() {
         (
             &["inspect", missing],
             format!(
-                "error: there is nothing at {missing}; name a recipe, or the directory of a cache, a checkpoint or a run\n"
+                "error: there is nothing at {missing}; name a recipe, a .gguf file, or the directory of a cache, a checkpoint or a run\n"
             ),
         ),
         (
@@ -173,7 +174,7 @@ fn a_directory_that_is_nothing_exits_1() {
     assert_eq!(
         outcome.stderr,
         format!(
-            "error: {path}: holds no recipe.toml, manifest.json or config.json; name a recipe, or the directory of a cache, \
+            "error: {path}: holds no recipe.toml, manifest.json, config.json or params.json; name a recipe, a .gguf file, or the directory of a cache, \
              a checkpoint or a run\n"
         )
     );

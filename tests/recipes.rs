@@ -330,12 +330,18 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("data.held_out=[]", "`data.held_out` is empty; name at least one file, as in [{ path = \"text.txt\" }]"),
         ("teacher.batch_tokens=0", "`teacher.batch_tokens` is 0; use at least 1"),
         (
-            "teacher.mode=streamed",
-            "`teacher.mode` is `streamed`, which this version cannot do; use `resident` or `remote`",
+            "teacher.mode=remote",
+            "line 9: `teacher.checkpoint` is for a teacher that runs here, and this one is remote; remove it",
         ),
         (
-            "teacher.mode=remote",
-            "`teacher.checkpoint` is for a teacher that runs here, and this one is remote; remove it",
+            "teacher.memory=\"2GiB\"",
+            "`teacher.memory` is for a teacher that is streamed, and this one is not; remove it, or use \
+             teacher.mode = \"streamed\"",
+        ),
+        (
+            "teacher.spill=never",
+            "`teacher.spill` is for a teacher that is streamed, and this one is not; remove it, or use \
+             teacher.mode = \"streamed\"",
         ),
         ("teacher.dtype=bf16", "`teacher.dtype` is `bf16`, which this version cannot compute in; use `f32`"),
         ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),

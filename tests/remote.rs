@@ -454,6 +454,18 @@ fn requests_carry_the_key_keep_the_rate_and_a_finished_run_makes_none() {
         let found = bytes.windows(10).any(|window| window == b"s3cret-key");
         assert!(!found, "{} holds the key", path.display());
     }
+    // What it would take here is not known, unless someone says what it is.
+    let plan = |more: &[&str]| {
+        let recipe = small.path("keyed.toml");
+        let mut arguments = vec!["plan".as_ref(), recipe.as_os_str()];
+        arguments.extend(more.iter().map(std::ffi::OsStr::new));
+        limbeck(&arguments)
+    };
+    let unknown = plan(&[]);
+    let expected = "`teacher.mode` is `remote`, and no server says how large its model is; give --teacher scout, maverick, \
+                    behemoth, or the directory of a model";
+    assert!(unknown.code == 2 && unknown.stderr.contains(expected), "{unknown:?}");
+    assert_eq!(plan(&["--teacher", "scout"]).code, 0);
     // The student is trained and measured on what came, and a second run needs no server.
     drop(server);
     let recipe = Recipe::load(small.path("keyed.toml"), &[]).unwrap();

@@ -284,10 +284,12 @@ def from_cache(raw_folder, row_count):
 
 
 def measured_bytes(folder):
-    """Bytes per valid row of a finished cache, the coder's tables apart, and the bytes of these tables."""
+    """Of a finished cache: bytes per valid row without the coder's tables, the bytes of these tables, bytes per valid
+    row with them, kept ids per valid row."""
     folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    counts = json.loads((folder / "manifest.json").read_text())["counts"]
     tables = folder / "coder.safetensors"
     fixed = tables.stat().st_size if tables.exists() else 0
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return (total - fixed) / manifest["counts"]["valid_rows"], fixed
+    rows = counts["valid_rows"]
+    return (total - fixed) / rows, fixed, total / rows, counts["kept_ids"] / rows

@@ -50,8 +50,8 @@ from cache_states import Text
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 POINTS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]  # and all rows
 COLUMNS = ["student", "student_kl", "name", "family", "codec", "selection", "target", "rows", "kept", "bytes_per_token",
-           "bytes_are", "table_bytes", "bits_per_kept", "bytes_at_202048", "kl", "logit_error", "hidden_error",
-           "weight_error", "projection_error"]
+           "bytes_are", "table_bytes", "bytes_with_tables", "bits_per_kept", "bytes_at_202048", "kl",
+           "logit_error", "hidden_error", "weight_error", "projection_error"]
 GROWTH = ["student", "name", "family", "rows", "weight_error", "weight_error_norm", "weight_norm", "projection_error"]
 
 
@@ -82,7 +82,7 @@ def make_targets(a):
     made = {f.name: [] for f in listed if f.name not in real}
     if a.only_caches:
         made = {}
-        notes = json.loads((work / "formats.json").read_text())
+        notes = json.loads((work / "formats.json").read_text()) if (work / "formats.json").exists() else {}
     generator = torch.Generator().manual_seed(17)
     tops, mass = [], torch.zeros(vocab_size, dtype=torch.float64)
     for chunk in chunks(row_count, a.chunk) if made else []:
@@ -121,14 +121,14 @@ def make_targets(a):
         old = notes.get(name)
         file = old["file"] if old else f"targets_{len(notes):03}.npz"
         targets.save(work / file)
-        size, tables = measured_bytes(stored or raw)
+        size, tables, whole, stored_kept = measured_bytes(stored or raw)
         codec, _, selection = name.partition(" ")
         kept = len(targets.ids) / int(text.valid.sum())
         bits = {"raw": 0, "packed": 18 - math.ceil(math.log2(vocab_size))}.get(codec, math.log2(202048 / vocab_size))
         notes[name] = dict(
             file=file, family=known[name].family if name in known else f"{codec} {selection.split(' ')[0]}",
             codec=codec, selection=selection, kept=kept, bytes=size, bytes_are="measured", table_bytes=tables,
-            wide=size + (kept + 1) * bits / 8, accumulate=True)
+            whole=whole, bits=8 * size / stored_kept, wide=size + (kept + 1) * bits / 8, accumulate=True)
     (work / "formats.json").write_text(json.dumps(notes, indent=1))
 
 
@@ -381,8 +381,8 @@ def write_results(a, students, notes, used, seen, growth):
                 student=s.name, student_kl=s.kl / seen, name=name, family=n["family"], codec=n["codec"],
                 selection=n["selection"], target=c.targets.kind, rows=measured_rows, kept=n["kept"],
                 bytes_per_token=n["bytes"], bytes_are=n["bytes_are"] if n["bytes"] else None,
-                table_bytes=n["table_bytes"],
-                bits_per_kept=n["bytes"] and 8 * n["bytes"] / n["kept"], bytes_at_202048=n["wide"],
+                table_bytes=n["table_bytes"], bytes_with_tables=n.get("whole", n["bytes"]),
+                bits_per_kept=n.get("bits", n["bytes"] and 8 * n["bytes"] / n["kept"]), bytes_at_202048=n["wide"],
                 kl=kl if c.targets.kind == "bucket" else None, logit_error=c.logit / logit,
                 hidden_error=c.hidden / s.hidden if s.hidden else None,
                 weight_error=getattr(c, "weight_error", None), projection_error=getattr(c, "projection_error", None)))

@@ -11,13 +11,13 @@ use super::compact::{QuantisedSequence, write_sequence};
 use super::exact_math::{exp, ln};
 use super::manifest::QuantiserError;
 use super::model::{
-    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS, WEIGHTS,
-    class_of, evidence, evidence_of,
+    CLASS_WEIGHTS, CLASSES, FACT_WEIGHTS, Hint, History, Known, LARGEST_WEIGHT, Lists, Model, STRENGTHS, UNITS,
+    WEIGHTS, class_of, evidence, evidence_of, order_of,
 };
 use super::quantizer::RowKind;
 use super::rans::{ESCAPE, Sink, Table, Tables};
 use super::record::{QuantisedRow, RecordShape};
-use super::walk::Workspace;
+use super::walk::{Scale, Workspace};
 use crate::targets::{PackedSequence, SparseTargets};
 
 /// How large a coder may become.
@@ -34,7 +34,7 @@ impl CalibrationSettings {
     /// everywhere, and long lists are worth their time.
     pub(crate) fn of_kind(kind: RowKind) -> Self {
         let list_length = match kind {
-            RowKind::Exact => 48,
+            RowKind::Exact => 40,
             RowKind::ThresholdSampled { .. } | RowKind::Sampled { .. } => 192,
         };
         CalibrationSettings { list_entries: 400_000, list_length }
@@ -56,6 +56,9 @@ const FIT_ROWS: usize = 12_000;
 const FIT_PASSES: usize = 2;
 /// Contexts that occurred less often share a table.
 const LEAST_COUNT: u64 = 48;
+/// What a table must save, in bits of the sample, to be kept apart from the one it is most like: what it costs itself, and
+/// that all tables together should fit a near cache.
+const TABLE_BITS: f64 = 2000.0;
 /// Parts of the sample that are left out of the lists in turn.
 const FOLDS: usize = 4;
 
@@ -93,7 +96,6 @@ impl Coder {
             sample.iter().enumerate().filter(|(number, _)| keep(number % folds)).map(|(_, sequence)| sequence).collect()
         };
         let mut weights = vec![];
-        let mut space = Workspace::new(shape.vocab_size);
         let mut counts = Counts(vec![[0; 256]; context::COUNT_OF_CONTEXTS]);
         for fold in 0..folds {
             // A sample of one sequence is all there is to learn from.
@@ -103,6 +105,7 @@ impl Coder {
                 weights = fit(&learnt, &held, shape);
             }
             let model = Model::new(learnt.classes, learnt.follows, learnt.together, weights.clone());
+            let mut space = Workspace::new(shape, &model);
             for sequence in held {
                 counts = write_sequence(sequence, shape, &model, &mut space, counts);
             }
@@ -183,20 +186,20 @@ fn lists_of(sample: &[&QuantisedSequence], vocab_size: usize, settings: Calibrat
     }
     entries.sort_by(|left, right| by_gain(&left.1, &right.1).then(left.0.cmp(&right.0)));
     entries.truncate(settings.list_entries);
+    let classes: Vec<u8> = totals.iter().map(|total| class_of(*total).0.min(CLASSES as u8 - 1)).collect();
+    let (_, places) = order_of(&classes);
     let mut lists = [Lists::default(), Lists::default()];
     for (number, lists) in lists.iter_mut().enumerate() {
         let mut mine: Vec<&Entry> = entries.iter().filter(|entry| entry.0 == number).map(|entry| &entry.1).collect();
         mine.sort_by_key(|entry| (entry.token, entry.id));
         lists.starts.push(0);
         for entry in mine {
-            lists.starts.resize(entry.token as usize + 1, lists.ids.len() as u32);
-            lists.ids.push(entry.id);
-            lists.strengths.push(entry.strength);
+            lists.starts.resize(entry.token as usize + 1, lists.hints.len() as u32);
+            lists.hints.push(Hint::new(places[entry.id as usize], entry.strength));
         }
-        lists.starts.resize(vocab_size + 1, lists.ids.len() as u32);
+        lists.starts.resize(vocab_size + 1, lists.hints.len() as u32);
     }
     let [follows, together] = lists;
-    let classes = totals.iter().map(|total| class_of(*total).0.min(CLASSES as u8 - 1)).collect();
     Learnt { classes, follows, together }
 }
 
@@ -220,12 +223,13 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
     for class in 0..CLASSES {
         weights[CLASS_WEIGHTS + class] = (class as f64 - 64.0) * 0.25 * unit;
     }
+    let scale = Scale::new(shape);
     let mut slopes = vec![1e-6; WEIGHTS];
     let model = Model::new(learnt.classes.clone(), learnt.follows.clone(), learnt.together.clone(), vec![0; WEIGHTS]);
     let mut history = History::new(shape.vocab_size);
     let every = (rows / FIT_ROWS).max(1);
-    // By id: one more than its place among the candidates; whether it is kept.
-    let mut places = vec![0u32; shape.vocab_size];
+    // By place in the model's order: one more than the number of the candidate; whether it is kept.
+    let mut numbers = vec![0u32; shape.vocab_size];
     let mut kept = vec![false; shape.vocab_size];
     for pass in 0..FIT_PASSES {
         let rate = 0.3 / (1 + pass) as f64;
@@ -235,55 +239,52 @@ fn fit(learnt: &Learnt, sample: &[&QuantisedSequence], shape: &RecordShape) -> V
             for SampleRow { previous, label, place, row } in rows_of(sequence) {
                 number += 1;
                 if let (Some(&top), true) = (row.ids.first(), number.is_multiple_of(every)) {
-                    let mut ids: Vec<u32> = vec![];
+                    let mut candidates: Vec<u32> = vec![];
                     let mut features: Vec<Vec<u16>> = vec![];
                     let known = Known { place, previous, label, top };
-                    let facts = evidence_of(&model, &history, known, |kind, said, strengths| {
-                        for (&id, strength) in said.iter().zip(strengths) {
-                            if places[id as usize] == 0 {
-                                ids.push(id);
-                                places[id as usize] = ids.len() as u32;
-                                features.push(vec![(CLASS_WEIGHTS + model.classes[id as usize] as usize) as u16]);
+                    let facts = evidence_of(&model, &history, known, |kind, hints| {
+                        for hint in hints {
+                            let number = &mut numbers[hint.place() as usize];
+                            if *number == 0 {
+                                candidates.push(hint.place());
+                                *number = candidates.len() as u32;
+                                let class = model.classes[model.order[hint.place() as usize] as usize];
+                                features.push(vec![(CLASS_WEIGHTS + class as usize) as u16]);
                             }
-                            let feature = kind * STRENGTHS + *strength as usize;
-                            features[places[id as usize] as usize - 1].push(feature as u16);
+                            let feature = kind * STRENGTHS + hint.strength() as usize;
+                            features[*number as usize - 1].push(feature as u16);
                         }
                     });
                     let facts: Vec<u16> =
                         (0..facts.len()).filter(|fact| facts[*fact]).map(|fact| (FACT_WEIGHTS + fact) as u16).collect();
-                    row.ids.iter().for_each(|id| kept[*id as usize] = true);
-                    for (id, features) in ids.iter().zip(&features) {
-                        places[*id as usize] = 0;
-                        if *id == top {
+                    let place_of = |id: &u32| model.places[*id as usize];
+                    row.ids.iter().for_each(|id| kept[place_of(id) as usize] = true);
+                    for (place, features) in candidates.iter().zip(&features) {
+                        numbers[*place as usize] = 0;
+                        if *place == place_of(&top) {
                             continue;
                         }
                         let all = || features.iter().chain(&facts).map(|feature| *feature as usize);
                         let sum: f64 = all().map(|feature| weights[feature]).sum();
                         let expected = 1.0 / (1.0 + exp(-sum.clamp(-30.0, 30.0)));
-                        let slope = expected - f64::from(u8::from(kept[*id as usize]));
+                        let slope = expected - f64::from(u8::from(kept[*place as usize]));
                         for feature in all() {
                             slopes[feature] += slope * slope;
                             weights[feature] -= rate * slope / (slopes[feature] + 1.0).sqrt();
                         }
                     }
-                    row.ids.iter().for_each(|id| kept[*id as usize] = false);
+                    row.ids.iter().for_each(|id| kept[place_of(id) as usize] = false);
                 }
-                history.row(place, previous, label, row_history(row, shape));
+                let hints: Vec<Hint> = (row.ids.iter().zip(&row.levels))
+                    .map(|(id, level)| Hint::new(model.places[*id as usize], scale.strength(*level)))
+                    .collect();
+                history.row(place, previous, label, &hints);
             }
         }
     }
     let largest = f64::from(LARGEST_WEIGHT);
     let fixed = |weight: f64| (weight / unit * f64::from(UNITS)).round_ties_even().clamp(-largest, largest) as i16;
     weights.iter().map(|weight| fixed(*weight)).collect()
-}
-
-fn row_history<'a>(row: &'a QuantisedRow, shape: &'a RecordShape) -> impl Iterator<Item = (u32, bool)> + 'a {
-    let steps = shape.quantiser.steps;
-    let kind = shape.quantiser.kind;
-    row.ids.iter().zip(&row.levels).map(move |(id, level)| match kind {
-        RowKind::Sampled { .. } => (*id, *level > 1),
-        _ => (*id, *level <= steps && 10 * u32::from(*level) > u32::from(steps)),
-    })
 }
 
 struct Counts(Vec<[u32; 256]>);
@@ -303,20 +304,116 @@ fn tables_of(counts: &[[u32; 256]]) -> Tables {
     for (number, start) in context::KINDS.iter().enumerate() {
         let end = context::KINDS.get(number + 1).copied().unwrap_or(counts.len());
         let pooled = tables.len() as u16;
-        let mut pool = [0u32; 256];
-        for symbol in 0..256 {
-            pool[symbol] = counts[*start..end].iter().map(|counts| counts[symbol]).sum();
-        }
-        tables.push(Table::from_counts(&pool));
-        for context in *start..end {
-            let total: u64 = counts[context].iter().map(|count| u64::from(*count)).sum();
-            by_context[context] = if total < LEAST_COUNT {
-                pooled
-            } else {
-                tables.push(Table::from_counts(&counts[context]));
-                (tables.len() - 1) as u16
-            };
+        tables.push(Table::from_counts(&sum_of(&counts[*start..end])));
+        by_context[*start..end].fill(pooled);
+        let often: Vec<usize> = (*start..end).filter(|context| total_of(&counts[*context]) >= LEAST_COUNT).collect();
+        for group in alike(often.iter().map(|context| counts[*context]).collect()) {
+            let of_group: Vec<[u32; 256]> = group.iter().map(|number| counts[often[*number]]).collect();
+            group.iter().for_each(|number| by_context[often[*number]] = tables.len() as u16);
+            tables.push(Table::from_counts(&sum_of(&of_group)));
         }
     }
     Tables::new(tables, by_context)
+}
+
+fn total_of(counts: &[u32; 256]) -> u64 {
+    counts.iter().map(|count| u64::from(*count)).sum()
+}
+
+fn sum_of(counts: &[[u32; 256]]) -> [u32; 256] {
+    std::array::from_fn(|symbol| counts.iter().map(|counts| counts[symbol]).sum())
+}
+
+/// Groups contexts that are so alike that one table for two of them costs the sample less than [`TABLE_BITS`]: the
+/// two that cost least first.
+fn alike(counts: Vec<[u32; 256]>) -> Vec<Vec<usize>> {
+    let symbols =
+        (0..256).rev().find(|symbol| counts.iter().any(|counts| counts[*symbol] > 0)).map_or(0, |last| last + 1);
+    // A count's share of what its context costs, in bits.
+    let most = counts.iter().map(total_of).sum::<u64>();
+    let known: Vec<f64> = (0..most.min(1 << 16)).map(count_bits).collect();
+    let bits_of = |count: u64| known.get(count as usize).copied().unwrap_or_else(|| count_bits(count));
+    struct Group {
+        members: Vec<usize>,
+        counts: [u32; 256],
+        /// Without the share of the total.
+        bits: f64,
+        total: u64,
+    }
+    let cost = |group: &Group| bits_of(group.total) - group.bits;
+    let mut groups: Vec<Option<Group>> = counts
+        .into_iter()
+        .enumerate()
+        .map(|(number, counts)| {
+            let bits = counts.iter().map(|count| bits_of(u64::from(*count))).sum();
+            Some(Group { members: vec![number], counts, bits, total: total_of(&counts) })
+        })
+        .collect();
+    let loss = |left: &Group, right: &Group| {
+        let both = left.counts[..symbols].iter().zip(&right.counts[..symbols]);
+        let bits: f64 = both.map(|(left, right)| bits_of(u64::from(left + right))).sum();
+        bits_of(left.total + right.total) - bits - cost(left) - cost(right)
+    };
+    // Of each group: the later one that it is most like.
+    let nearest = |groups: &[Option<Group>], number: usize| -> Option<(f64, usize)> {
+        let group = groups[number].as_ref()?;
+        let later = groups.iter().enumerate().skip(number + 1);
+        later
+            .filter_map(|(other, later)| Some((loss(group, later.as_ref()?), other)))
+            .min_by(|left, right| left.0.total_cmp(&right.0))
+    };
+    let mut best: Vec<Option<(f64, usize)>> = (0..groups.len()).map(|number| nearest(&groups, number)).collect();
+    loop {
+        let pairs =
+            best.iter().enumerate().filter_map(|(number, best)| best.map(|(loss, other)| (loss, number, other)));
+        let Some((least, first, second)) = pairs.min_by(|left, right| left.0.total_cmp(&right.0)) else { break };
+        if least > TABLE_BITS {
+            break;
+        }
+        let (Some(left), Some(right)) = (groups[first].take(), groups[second].take()) else { break };
+        let counts = sum_of(&[left.counts, right.counts]);
+        groups[first] = Some(Group {
+            members: [left.members, right.members].concat(),
+            counts,
+            bits: counts.iter().map(|count| bits_of(u64::from(*count))).sum(),
+            total: left.total + right.total,
+        });
+        best[second] = None;
+        for number in 0..groups.len() {
+            if number == first || best[number].is_some_and(|(_, other)| other == first || other == second) {
+                best[number] = nearest(&groups, number);
+            } else if let (Some((before, _)), true) = (best[number], number < first)
+                && let (Some(group), Some(joined)) = (&groups[number], &groups[first])
+            {
+                let loss = loss(group, joined);
+                if loss < before {
+                    best[number] = Some((loss, first));
+                }
+            }
+        }
+    }
+    groups.into_iter().flatten().map(|group| group.members).collect()
+}
+
+/// `count * log2(count)`.
+fn count_bits(count: u64) -> f64 {
+    if count == 0 { 0.0 } else { count as f64 * ln(count as f64) / std::f64::consts::LN_2 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_that_are_alike_share_a_table() {
+        let counts = |pairs: &[(usize, u32)]| {
+            let mut counts = [0; 256];
+            pairs.iter().for_each(|(symbol, count)| counts[*symbol] = *count);
+            counts
+        };
+        let (left, right) = (counts(&[(1, 9000), (2, 1000)]), counts(&[(1, 1000), (2, 9000)]));
+        let nearly_left = counts(&[(1, 900), (2, 110)]);
+        assert_eq!(alike(vec![left, right, nearly_left, right]), [vec![0, 2], vec![1, 3]]);
+        assert_eq!(alike(vec![]), Vec::<Vec<usize>>::new());
+    }
 }

@@ -6,6 +6,7 @@
 //! the same bytes. [`calibration`](super::calibration) sees to the rest.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -142,7 +143,7 @@ fn row_kind(selection: &Selection) -> RowKind {
 /// What a codec learnt from the data, ready for use.
 #[derive(Debug, Clone)]
 pub(crate) enum Coder {
-    Compact(Box<super::coder::Coder>),
+    Compact(Arc<records::CompactCoder>),
     #[cfg(test)]
     Ranked(super::ranked::Ranks),
 }
@@ -209,7 +210,7 @@ impl Codec {
     pub(crate) fn read_coder(self, settings: &CacheSettings, bytes: &[u8]) -> Result<Coder, String> {
         match self {
             Codec::Raw | Codec::Packed => Err(format!("the codec `{}` has no coder", self.name())),
-            Codec::Compact => records::read_coder(settings, bytes).map(Box::new).map(Coder::Compact),
+            Codec::Compact => records::read_coder(settings, bytes).map(Arc::new).map(Coder::Compact),
             #[cfg(test)]
             Codec::Ranked => super::ranked::read(settings, bytes).map(Coder::Ranked),
         }

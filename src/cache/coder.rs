@@ -2,7 +2,7 @@
 //! of symbols in each context. Made once per cache by [`calibrate`](super::calibrate), stored beside the shards.
 
 use super::bits::{BitReader, BitWriter, width_of};
-use super::model::{BUCKETS, CLASSES, LARGEST_WEIGHT, Lists, Model, STRENGTHS, WEIGHTS};
+use super::model::{BUCKETS, CLASSES, Hint, LARGEST_VOCABULARY, LARGEST_WEIGHT, Lists, Model, STRENGTHS, WEIGHTS};
 use super::rans::{Table, Tables, get_short, put_short};
 
 /// Contexts of symbols, by the first of each kind.
@@ -142,17 +142,15 @@ fn write_model(model: &Model, bits: &mut BitWriter<'_>) {
         put_rising(bits, &ids, model.vocab_size);
     }
     for lists in [&model.follows, &model.together] {
-        let with_list: Vec<u32> = (0..model.vocab_size as u32).filter(|token| !lists.of(*token).0.is_empty()).collect();
+        let with_list: Vec<u32> = (0..model.vocab_size as u32).filter(|token| !lists.of(*token).is_empty()).collect();
         put_rising(bits, &with_list, model.vocab_size);
         for token in with_list {
             // By place in the order of frequency: small numbers, close to each other.
-            let (ids, strengths) = lists.of(token);
-            let mut entries: Vec<(u32, u8)> =
-                ids.iter().map(|id| model.places[*id as usize]).zip(strengths.iter().copied()).collect();
-            entries.sort_unstable();
-            let places: Vec<u32> = entries.iter().map(|entry| entry.0).collect();
+            let mut hints = lists.of(token).to_vec();
+            hints.sort_unstable_by_key(|hint| hint.place());
+            let places: Vec<u32> = hints.iter().map(|hint| hint.place()).collect();
             put_rising(bits, &places, model.vocab_size);
-            entries.iter().for_each(|entry| put_short(bits, u32::from(entry.1)));
+            hints.iter().for_each(|hint| put_short(bits, u32::from(hint.strength())));
         }
     }
 }
@@ -162,8 +160,11 @@ fn read_model(bits: &mut BitReader<'_>, vocab_size: usize) -> Result<Model, Stri
     if stored != vocab_size as u64 {
         return Err(format!("it is for a vocabulary of {stored}, not {vocab_size}"));
     }
+    if vocab_size > LARGEST_VOCABULARY {
+        return Err(format!("a vocabulary of {vocab_size}, not at most {LARGEST_VOCABULARY}"));
+    }
     let weights: Vec<i16> = (0..WEIGHTS).map(|_| bits.get(16) as u16 as i16).collect();
-    // A row's candidates add up to eight of them, doubled, in 16 bits.
+    // What speaks for a candidate adds up to nine of them, doubled, in 16 bits.
     if let Some(weight) = weights.iter().find(|weight| weight.unsigned_abs() > LARGEST_WEIGHT.unsigned_abs()) {
         return Err(format!("a weight of {weight}"));
     }
@@ -173,30 +174,25 @@ fn read_model(bits: &mut BitReader<'_>, vocab_size: usize) -> Result<Model, Stri
             classes[id as usize] = class;
         }
     }
-    let mut order: Vec<u32> = (0..vocab_size as u32).collect();
-    order.sort_by_key(|id| (std::cmp::Reverse(classes[*id as usize]), *id));
     let mut lists = [Lists::default(), Lists::default()];
     for lists in &mut lists {
         let with_list = get_rising(bits, vocab_size)?;
         lists.starts.push(0);
         for token in with_list {
-            lists.starts.resize(token as usize + 1, lists.ids.len() as u32);
+            lists.starts.resize(token as usize + 1, lists.hints.len() as u32);
             let places = get_rising(bits, vocab_size)?;
             if places.is_empty() || places.len() > LIST_LENGTH {
                 return Err(format!("a list of {} ids", places.len()));
             }
             for place in places {
-                lists.ids.push(order[place as usize]);
-            }
-            while lists.strengths.len() < lists.ids.len() {
                 let strength = get_short(bits);
                 if strength as usize >= STRENGTHS {
                     return Err(format!("a strength of {strength}"));
                 }
-                lists.strengths.push(strength as u8);
+                lists.hints.push(Hint::new(place, strength as u8));
             }
         }
-        lists.starts.resize(vocab_size + 1, lists.ids.len() as u32);
+        lists.starts.resize(vocab_size + 1, lists.hints.len() as u32);
     }
     let [follows, together] = lists;
     Ok(Model::new(classes, follows, together, weights))

@@ -9,7 +9,7 @@ use super::rans::{Decoder, Encoder, Sink, Tables};
 use super::record::{
     QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs, segment_step,
 };
-use super::walk::{Reading, Scale, Walk, Workspace, Writing};
+use super::walk::{Reading, Walk, Workspace, Writing};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
 
 /// A sequence with its rows quantised, in the order of its valid rows.
@@ -47,9 +47,7 @@ pub(crate) fn write_sequence<S: Sink>(
     space: &mut Workspace,
     sink: S,
 ) -> S {
-    let scale = Scale::new(shape);
-    space.history.clear();
-    let mut walk = Walk { direction: Writing(sink), model, shape, scale: &scale, space, fault: None };
+    let mut walk = Walk::new(Writing(sink), model, shape, space);
     let sequence = &quantised.sequence;
     let runs = segment_runs(&sequence.segments);
     walk.plain(runs.len() as u64 - 1);
@@ -159,10 +157,8 @@ pub(crate) fn decode_sequence(
     if coder.model.vocab_size != shape.vocab_size {
         return Err(format!("a coder for {} tokens, not {}", coder.model.vocab_size, shape.vocab_size));
     }
-    let scale = Scale::new(shape);
-    space.history.clear();
     let direction = Reading(Decoder::new(&coder.tables, bytes)?);
-    let mut walk = Walk { direction, model: &coder.model, shape, scale: &scale, space, fault: None };
+    let mut walk = Walk::new(direction, &coder.model, shape, space);
     let places = shape.seq_len + 1;
     let mut segments: Vec<u32> = vec![];
     let mut before = 0;

@@ -67,25 +67,27 @@ fn assert_bounded(block: &Block, shape: &RecordShape) {
 #[test]
 fn any_record_is_an_error_or_a_block() {
     let shapes = shapes();
-    let mut space = Workspace::new(VOCAB);
+    let mut spaces: Vec<Workspace> =
+        shapes.iter().map(|(shape, _, coder)| Workspace::new(shape, &coder.model)).collect();
     let mut random = Random(1);
     for case in 0..cases() {
         let (shape, kind, coder) = &shapes[case % shapes.len()];
+        let space = &mut spaces[case % 4];
         let (sequence, targets) = sample((case / 64) as u64, shape, *kind, case % 3 > 0);
         let (mut records, mut error) = ([vec![], vec![]], QuantiserError::default());
         packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut error);
-        compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut records[1], &mut error);
+        compact::encode_sequence(&sequence, Some(&targets), shape, coder, space, &mut records[1], &mut error);
         for record in records.map(|record| damage(&record, &mut random)) {
             let mut blocks = [Block::default(), Block::default()];
             let _ = packed::decode_sequence(&record, shape, &mut blocks[0]);
-            let _ = compact::decode_sequence(&record, shape, coder, &mut space, &mut blocks[1]);
+            let _ = compact::decode_sequence(&record, shape, coder, space, &mut blocks[1]);
             blocks.iter().for_each(|block| assert_bounded(block, shape));
         }
         // What a damaged record leaves behind in the workspace does not reach the next.
         if case % 16 == 0 {
             let (mut record, mut block) = (vec![], Block::default());
-            compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut record, &mut error);
-            compact::decode_sequence(&record, shape, coder, &mut space, &mut block).unwrap();
+            compact::encode_sequence(&sequence, Some(&targets), shape, coder, space, &mut record, &mut error);
+            compact::decode_sequence(&record, shape, coder, space, &mut block).unwrap();
             assert_eq!(block.tokens, sequence.tokens);
         }
     }
@@ -94,7 +96,6 @@ fn any_record_is_an_error_or_a_block() {
 #[test]
 fn any_coder_is_an_error_or_decodes() {
     let shapes = shapes();
-    let mut space = Workspace::new(VOCAB);
     let mut random = Random(2);
     for case in 0..cases() {
         let (shape, kind, coder) = &shapes[case % shapes.len()];
@@ -103,9 +104,10 @@ fn any_coder_is_an_error_or_decodes() {
         tensors[number].1 = damage(&tensors[number].1, &mut random);
         let tensor = |name: &str| tensors.iter().find(|tensor| tensor.0 == name).map(|tensor| tensor.1.clone());
         let Ok(changed) = Coder::from_tensors(tensor, VOCAB) else { continue };
+        let (mut usual, mut space) = (Workspace::new(shape, &coder.model), Workspace::new(shape, &changed.model));
         let (sequence, targets) = sample(case as u64, shape, *kind, true);
         let (mut record, mut error, mut block) = (vec![], QuantiserError::default(), Block::default());
-        compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut record, &mut error);
+        compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut usual, &mut record, &mut error);
         let _ = compact::decode_sequence(&record, shape, &changed, &mut space, &mut block);
         assert_bounded(&block, shape);
         // Whatever it believes, what it wrote it reads.

@@ -27,14 +27,16 @@ pub(crate) const FACTS: usize = 8;
 pub(crate) const WEIGHTS: usize = evidence::KINDS * STRENGTHS + CLASSES + FACTS;
 pub(crate) const CLASS_WEIGHTS: usize = evidence::KINDS * STRENGTHS;
 pub(crate) const FACT_WEIGHTS: usize = CLASS_WEIGHTS + CLASSES;
-/// Eight weights for one id, doubled, fit 16 bits.
-pub(crate) const LARGEST_WEIGHT: i16 = 2000;
+/// Nine weights for one id, doubled, fit 16 bits.
+pub(crate) const LARGEST_WEIGHT: i16 = 1800;
 /// Units of a weight per bit.
 pub(crate) const UNITS: i32 = 16;
 /// The most frequent ids are candidates in every row.
 pub(crate) const COMMON_IDS: usize = 32;
 /// Buckets of half a bit; ids below the first are not candidates.
 pub(crate) const BUCKETS: usize = 32;
+/// Vocabularies are at most this large: a [`Hint`] and a [`Candidate`] are 32 bits.
+pub(crate) const LARGEST_VOCABULARY: usize = 1 << 27;
 /// Buckets, and those that are dropped.
 const KEYS: usize = BUCKETS + 1;
 /// A row's candidates are sorted in so many parts at once.
@@ -63,20 +65,49 @@ pub(crate) fn of_class(class: u8) -> (u32, u32) {
 }
 pub(crate) const NUMBER_CLASSES: u8 = 124;
 
-/// For each token a list of ids, with the strength of the evidence.
+/// An id that something speaks for, by its place in the model's order, and how strongly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hint(u32);
+
+impl Hint {
+    #[inline(always)]
+    pub(crate) const fn new(place: u32, strength: u8) -> Hint {
+        Hint(place << 4 | strength as u32)
+    }
+
+    #[inline(always)]
+    pub(crate) fn place(self) -> u32 {
+        self.0 >> 4
+    }
+
+    #[inline(always)]
+    pub(crate) fn strength(self) -> u8 {
+        (self.0 & 0xf) as u8
+    }
+}
+
+const COMMON: [Hint; COMMON_IDS] = {
+    let mut hints = [Hint(0); COMMON_IDS];
+    let mut place = 0;
+    while place < COMMON_IDS {
+        hints[place] = Hint::new(place as u32, 0);
+        place += 1;
+    }
+    hints
+};
+
+/// For each token a list of hints.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Lists {
     /// List of token `i`: entries `starts[i]..starts[i + 1]`.
     pub starts: Vec<u32>,
-    pub ids: Vec<u32>,
-    pub strengths: Vec<u8>,
+    pub hints: Vec<Hint>,
 }
 
 impl Lists {
     #[inline(always)]
-    pub(crate) fn of(&self, token: u32) -> (&[u32], &[u8]) {
-        let range = self.starts[token as usize] as usize..self.starts[token as usize + 1] as usize;
-        (&self.ids[range.clone()], &self.strengths[range])
+    pub(crate) fn of(&self, token: u32) -> &[Hint] {
+        &self.hints[self.starts[token as usize] as usize..self.starts[token as usize + 1] as usize]
     }
 }
 
@@ -87,41 +118,45 @@ pub(crate) struct Model {
     /// By id: its class; higher is more frequent.
     pub classes: Vec<u8>,
     /// Ids by falling class, rising within a class; and the place of each id there.
+    ///
+    /// What is looked up for many ids is kept by place: then what is looked up often lies together.
     pub order: Vec<u32>,
     pub places: Vec<u32>,
     pub follows: Lists,
     pub together: Lists,
     pub weights: Vec<i16>,
-    /// By id: the weight of its class.
-    base: Vec<i16>,
-    /// Twice the weights of evidence.
-    doubled_weights: [i16; CLASS_WEIGHTS],
+    /// By place: what a [`Ranker`] begins with.
+    said: Vec<Said>,
+    /// Weights of evidence, as they are added to [`Said`].
+    evidence_weights: [u32; CLASS_WEIGHTS],
+}
+
+/// Ids by falling class, and rising within a class; and the place of each id there.
+pub(crate) fn order_of(classes: &[u8]) -> (Vec<u32>, Vec<u32>) {
+    let mut order: Vec<u32> = (0..classes.len() as u32).collect();
+    order.sort_by_key(|id| (std::cmp::Reverse(classes[*id as usize]), *id));
+    let mut places = vec![0; classes.len()];
+    order.iter().enumerate().for_each(|(place, id)| places[*id as usize] = place as u32);
+    (order, places)
 }
 
 impl Model {
-    /// Takes lists whose entries are in any order.
+    /// Takes lists whose hints are in any order.
     pub(crate) fn new(classes: Vec<u8>, mut follows: Lists, mut together: Lists, weights: Vec<i16>) -> Model {
-        let mut order: Vec<u32> = (0..classes.len() as u32).collect();
-        order.sort_by_key(|id| (std::cmp::Reverse(classes[*id as usize]), *id));
-        let mut places = vec![0; classes.len()];
-        order.iter().enumerate().for_each(|(place, id)| places[*id as usize] = place as u32);
-        let base: Vec<i16> = classes.iter().map(|class| weights[CLASS_WEIGHTS + *class as usize]).collect();
+        let (order, places) = order_of(&classes);
+        let class_weight = |id: u32| weights[CLASS_WEIGHTS + classes[id as usize] as usize];
         for (kind, lists) in [(evidence::FOLLOWS, &mut follows), (evidence::WITH_LABEL, &mut together)] {
-            let score =
-                |id: u32, strength: u8| base[id as usize].wrapping_add(weights[kind * STRENGTHS + strength as usize]);
-            for token in 0..classes.len() {
-                let range = lists.starts[token] as usize..lists.starts[token + 1] as usize;
-                let mut entries: Vec<(u32, u8)> =
-                    range.clone().map(|place| (lists.ids[place], lists.strengths[place])).collect();
-                entries.sort_by_key(|entry| (std::cmp::Reverse(score(entry.0, entry.1)), entry.0));
-                for (place, (id, strength)) in range.zip(entries) {
-                    lists.ids[place] = id;
-                    lists.strengths[place] = strength;
-                }
+            let score = |hint: Hint| {
+                class_weight(order[hint.place() as usize]) + weights[kind * STRENGTHS + hint.strength() as usize]
+            };
+            for ends in lists.starts.windows(2) {
+                lists.hints[ends[0] as usize..ends[1] as usize]
+                    .sort_by_key(|hint| (std::cmp::Reverse(score(*hint)), hint.place()));
             }
         }
-        let doubled_weights = std::array::from_fn(|number| weights[number].wrapping_mul(2));
-        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, base, doubled_weights }
+        let said = order.iter().map(|id| Said::nothing(class_weight(*id))).collect();
+        let evidence_weights = std::array::from_fn(|number| Said::weight(weights[number]));
+        Model { vocab_size: classes.len(), classes, order, places, follows, together, weights, said, evidence_weights }
     }
 }
 
@@ -133,8 +168,7 @@ pub(crate) struct History {
     /// By token: one more than the token that followed it last.
     followers: Vec<u32>,
     rows: Vec<PastRow>,
-    ids: Vec<u32>,
-    strong: Vec<u8>,
+    hints: Vec<Hint>,
     seen: Vec<u32>,
 }
 
@@ -148,8 +182,8 @@ pub(crate) struct PastRow {
 impl History {
     pub(crate) fn new(vocab_size: usize) -> Self {
         let none = || vec![0; vocab_size];
-        let (rows, ids, strong, seen) = Default::default();
-        History { after: none(), before: none(), followers: none(), rows, ids, strong, seen }
+        let (rows, hints, seen) = Default::default();
+        History { after: none(), before: none(), followers: none(), rows, hints, seen }
     }
 
     pub(crate) fn clear(&mut self) {
@@ -159,8 +193,7 @@ impl History {
             self.followers[token as usize] = 0;
         }
         self.rows.clear();
-        self.ids.clear();
-        self.strong.clear();
+        self.hints.clear();
     }
 
     pub(crate) fn token(&mut self, previous: u32, token: u32) {
@@ -172,14 +205,11 @@ impl History {
         self.followers[token as usize].checked_sub(1)
     }
 
-    /// Row `place` of the sequence keeps these ids, best first.
-    pub(crate) fn row(&mut self, place: usize, previous: u32, label: u32, ids: impl Iterator<Item = (u32, bool)>) {
-        let start = self.ids.len();
-        for (id, strong) in ids {
-            self.ids.push(id);
-            self.strong.push(1 + u8::from(strong));
-        }
-        self.rows.push(PastRow { label, place, start, end: self.ids.len() });
+    /// Row `place` of the sequence keeps these ids, the best first.
+    pub(crate) fn row(&mut self, place: usize, previous: u32, label: u32, hints: &[Hint]) {
+        let start = self.hints.len();
+        self.hints.extend_from_slice(hints);
+        self.rows.push(PastRow { label, place, start, end: self.hints.len() });
         self.after[previous as usize] = self.rows.len() as u32;
         self.before[label as usize] = self.rows.len() as u32;
         self.seen.push(previous);
@@ -194,8 +224,9 @@ impl History {
         self.rows.get((self.before[token as usize] as usize).wrapping_sub(1))
     }
 
-    pub(crate) fn kept(&self, row: &PastRow) -> &[u32] {
-        &self.ids[row.start..row.end]
+    #[inline(always)]
+    pub(crate) fn kept(&self, row: &PastRow) -> &[Hint] {
+        &self.hints[row.start..row.end]
     }
 }
 
@@ -208,97 +239,142 @@ pub(crate) struct Known {
     pub top: u32,
 }
 
-/// Tells `visit` all evidence, ids of one kind at a time with the strength of each, and returns the row's facts.
+/// Tells `visit` all evidence, of one kind at a time, and returns the row's facts.
 #[inline(always)]
 pub(crate) fn evidence_of(
     model: &Model,
     history: &History,
     known: Known,
-    mut visit: impl FnMut(usize, &[u32], &[u8]),
+    mut visit: impl FnMut(usize, &[Hint]),
 ) -> [bool; FACTS] {
     let mut facts = [false; FACTS];
-    visit(evidence::LABEL, &[known.label], &[0]);
-    let (ids, strengths) = model.follows.of(known.previous);
-    facts[0] = !ids.is_empty();
-    visit(evidence::FOLLOWS, ids, strengths);
-    let (ids, strengths) = model.together.of(known.label);
-    facts[1] = !ids.is_empty();
-    visit(evidence::WITH_LABEL, ids, strengths);
+    visit(evidence::LABEL, &[Hint::new(model.places[known.label as usize], 0)]);
+    let hints = model.follows.of(known.previous);
+    facts[0] = !hints.is_empty();
+    visit(evidence::FOLLOWS, hints);
+    let hints = model.together.of(known.label);
+    facts[1] = !hints.is_empty();
+    visit(evidence::WITH_LABEL, hints);
     facts[2] = known.label == known.top;
     if !facts[2] {
-        let (ids, strengths) = model.together.of(known.top);
-        facts[3] = !ids.is_empty();
-        visit(evidence::WITH_TOP, ids, strengths);
+        let hints = model.together.of(known.top);
+        facts[3] = !hints.is_empty();
+        visit(evidence::WITH_TOP, hints);
     }
-    let past = |row: &PastRow| (&history.ids[row.start..row.end], &history.strong[row.start..row.end]);
     if let Some(row) = history.row_after(known.previous) {
         let same = row.label == known.label;
         facts[if same { 4 } else { 5 }] = true;
-        let (ids, strengths) = past(row);
-        visit(if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER }, ids, strengths);
+        visit(if same { evidence::AFTER_SAME } else { evidence::AFTER_OTHER }, history.kept(row));
     }
     if let Some(row) = history.row_before(known.label) {
         facts[6] = true;
-        let (ids, strengths) = past(row);
-        visit(evidence::BEFORE_SAME, ids, strengths);
+        visit(evidence::BEFORE_SAME, history.kept(row));
     }
     if let Some(row) = history.rows.last().filter(|row| row.place + 1 == known.place) {
         facts[7] = true;
-        let (ids, strengths) = past(row);
-        visit(evidence::PREVIOUS, ids, strengths);
+        visit(evidence::PREVIOUS, history.kept(row));
     }
-    let common = &model.order[..COMMON_IDS.min(model.order.len())];
-    visit(evidence::COMMON, common, &[0; COMMON_IDS][..common.len()]);
+    visit(evidence::COMMON, &COMMON[..COMMON_IDS.min(model.order.len())]);
     facts
+}
+
+/// What was said of an id so far: in its upper half twice the sum of all weights, and 1 if nothing was said yet; in
+/// its lower half what the upper half is when nothing was said.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Said(u32);
+
+impl Said {
+    const NOTHING: u32 = 1 << 16;
+
+    fn nothing(class_weight: i16) -> Said {
+        Said(u32::from((class_weight * 2 + 1) as u16) * 0x1_0001)
+    }
+
+    /// A weight as [`Said::and`] takes it.
+    fn weight(weight: i16) -> u32 {
+        u32::from((weight * 2) as u16) << 16
+    }
+
+    #[inline(always)]
+    fn is_nothing(self) -> bool {
+        self.0 & Self::NOTHING != 0
+    }
+
+    /// Wraps only in damaged records, which may keep an id twice.
+    #[inline(always)]
+    fn and(self, weight: u32) -> Said {
+        Said((self.0 & !Self::NOTHING).wrapping_add(weight))
+    }
+
+    #[inline(always)]
+    fn forgotten(self) -> Said {
+        Said((self.0 & 0xffff) * 0x1_0001)
+    }
+
+    /// So little is said that no fact makes it a candidate.
+    #[inline(always)]
+    fn worst(self) -> Said {
+        Said(1 << 31 | self.0 & 0xffff)
+    }
+
+    #[inline(always)]
+    fn score(self) -> i16 {
+        (self.0 as i32 >> 17) as i16
+    }
 }
 
 /// Ranks ids; keeps its room from row to row.
 pub(crate) struct Ranker {
-    /// By id: twice the sum of the weights of the evidence for it, and 1 if nothing was said of it yet.
-    sums: Vec<i16>,
+    /// By place; between rows as the model has it.
+    said: Vec<Said>,
     touched: Vec<u32>,
     scores: Vec<i16>,
     keys: Vec<u8>,
-    /// Candidates, best first.
-    pub ranked: Vec<Candidate>,
+    ranked: Vec<Candidate>,
+    /// Of these are candidates.
+    count: usize,
 }
 
-/// An id, and above it its bucket.
+/// An id by its place in the model's order, and above it its bucket.
 #[derive(Clone, Copy, Default)]
-pub(crate) struct Candidate(u64);
+pub(crate) struct Candidate(u32);
 
 impl Candidate {
+    const PLACE_BITS: u32 = LARGEST_VOCABULARY.ilog2();
+
     #[inline(always)]
-    pub(crate) fn id(self) -> u32 {
-        self.0 as u32
+    fn new(place: u32, bucket: u32) -> Candidate {
+        Candidate(bucket << Self::PLACE_BITS | place)
+    }
+
+    #[inline(always)]
+    pub(crate) fn place(self) -> u32 {
+        self.0 & (LARGEST_VOCABULARY as u32 - 1)
     }
 
     #[inline(always)]
     pub(crate) fn bucket(self) -> usize {
-        (self.0 >> 32) as usize
+        (self.0 >> Self::PLACE_BITS) as usize
     }
 }
 
-const NOTHING_SAID: i16 = 1;
-
 impl Ranker {
-    pub(crate) fn new(vocab_size: usize) -> Self {
-        let (touched, scores, keys, ranked) = Default::default();
-        Ranker { sums: vec![NOTHING_SAID; vocab_size], touched, scores, keys, ranked }
+    pub(crate) fn new(model: &Model) -> Self {
+        let (touched, scores, keys, ranked, count) = Default::default();
+        let said = model.said.clone();
+        Ranker { said, touched, scores, keys, ranked, count }
     }
 
-    /// Fills `ranked` with everything that something speaks for, except the top.
+    /// Ranks everything that something speaks for, except the top. The model is the one it was made for.
     pub(crate) fn rank(&mut self, model: &Model, history: &History, known: Known) {
-        let Ranker { sums, touched, scores, keys, ranked } = self;
-        let weights = &model.doubled_weights;
+        let Ranker { said, touched, scores, keys, ranked, .. } = self;
         let mut count = 0;
         // Room for all that may come, so that the innermost step is a plain store.
-        let lists = |lists: &Lists, token: u32| lists.of(token).0.len();
         let most = 1
             + COMMON_IDS
-            + lists(&model.follows, known.previous)
-            + lists(&model.together, known.label)
-            + lists(&model.together, known.top)
+            + model.follows.of(known.previous).len()
+            + model.together.of(known.label).len()
+            + model.together.of(known.top).len()
             + history.row_after(known.previous).map_or(0, |row| row.end - row.start)
             + history.row_before(known.label).map_or(0, |row| row.end - row.start)
             + history.rows.last().map_or(0, |row| row.end - row.start);
@@ -308,23 +384,25 @@ impl Ranker {
             scores.resize(most, 0);
             keys.resize(most, 0);
         }
-        let facts = evidence_of(model, history, known, |kind, ids, strengths| {
-            let weights: &[i16; STRENGTHS] = weights[kind * STRENGTHS..].first_chunk().expect("weights of each kind");
-            count = add(sums, touched, count, ids, strengths, weights);
+        let facts = evidence_of(model, history, known, |kind, hints| {
+            let weights: &[u32; STRENGTHS] =
+                model.evidence_weights[kind * STRENGTHS..].first_chunk().expect("weights of each kind");
+            count = add(said, touched, count, hints, weights);
         });
         let mut shift = -LEAST_SCORE;
         for (fact, weight) in facts.iter().zip(&model.weights[FACT_WEIGHTS..]) {
             shift += if *fact { i32::from(*weight) } else { 0 };
         }
         // The top is no candidate: whatever was said of it, it is dropped.
-        let top_said = std::mem::replace(&mut sums[known.top as usize], i16::MIN);
-        // In three loops, two of which a compiler makes vectors of: what is left for the last is small.
-        for (id, score) in touched[..count].iter().zip(scores.iter_mut()) {
-            let sum = std::mem::replace(&mut sums[*id as usize], NOTHING_SAID);
-            *score = (sum >> 1).saturating_add(model.base[*id as usize]);
+        let of_top = &mut said[model.places[known.top as usize] as usize];
+        if !of_top.is_nothing() {
+            *of_top = of_top.worst();
         }
-        if top_said == NOTHING_SAID {
-            sums[known.top as usize] = NOTHING_SAID;
+        // In three loops, one of which a compiler makes vectors of: what is left for the last is small.
+        for (place, score) in touched[..count].iter().zip(scores.iter_mut()) {
+            let said = &mut said[*place as usize];
+            *score = said.score();
+            *said = said.forgotten();
         }
         // The best bucket comes first; those in the last of all are dropped.
         let shift = shift.clamp(-i32::from(i16::MAX), i32::from(i16::MAX)) as i16;
@@ -345,41 +423,46 @@ impl Ranker {
             }
         }
         let mut sum = 0;
-        for end in ends.as_flattened_mut() {
-            sum += std::mem::replace(end, sum);
+        for [first, second, third, fourth] in &mut ends {
+            let two = *first + *second;
+            let three = two + *third;
+            let all = three + *fourth;
+            (*first, *second, *third, *fourth) = (sum, sum + *first, sum + two, sum + three);
+            sum += all;
         }
         let candidates = ends[BUCKETS][0] as usize;
-        ranked.resize(PARTS * quarter, Candidate::default());
+        if ranked.len() < PARTS * quarter {
+            ranked.resize(PARTS * quarter, Candidate::default());
+        }
         for number in 0..quarter {
             for part in 0..PARTS {
                 let key = keys[part][number];
                 let place = &mut ends[key as usize][part];
-                let bucket = (BUCKETS as u64 - 1).wrapping_sub(u64::from(key));
-                ranked[*place as usize] = Candidate(bucket << 32 | u64::from(touched[part][number]));
+                // Of those that are dropped it says nothing sensible.
+                let bucket = (BUCKETS as u32 - 1).wrapping_sub(u32::from(key));
+                ranked[*place as usize] = Candidate::new(touched[part][number], bucket);
                 *place += 1;
             }
         }
-        ranked.truncate(candidates);
+        self.count = candidates;
+    }
+
+    /// Candidates, best first.
+    pub(crate) fn ranked(&self) -> &[Candidate] {
+        &self.ranked[..self.count]
     }
 }
 
-/// Adds the evidence of one kind to the sums. Returns the number of ids touched, which was `count`.
+/// Adds the evidence of one kind. Returns the number of ids touched, which was `count`.
 #[inline(never)]
-fn add(
-    sums: &mut [i16],
-    touched: &mut [u32],
-    count: usize,
-    ids: &[u32],
-    strengths: &[u8],
-    weights: &[i16; STRENGTHS],
-) -> usize {
+fn add(said: &mut [Said], touched: &mut [u32], count: usize, hints: &[Hint], weights: &[u32; STRENGTHS]) -> usize {
     let mut count = count;
-    for (id, strength) in ids.iter().zip(strengths) {
-        let sum = &mut sums[*id as usize];
-        // No branch: whether an id is new to the row is a matter of chance. Sums wrap only in damaged records.
-        touched[count] = *id;
-        count += (*sum & NOTHING_SAID) as usize;
-        *sum = (*sum & !NOTHING_SAID).wrapping_add(weights[*strength as usize % STRENGTHS]);
+    for hint in hints {
+        let said = &mut said[hint.place() as usize];
+        // No branch: whether an id is new to the row is a matter of chance.
+        touched[count] = hint.place();
+        count += usize::from(said.is_nothing());
+        *said = said.and(weights[hint.strength() as usize]);
     }
     count
 }

@@ -132,7 +132,7 @@ fn assert_legal(block: &Block) {
 
 fn check_roundtrip(seed: u64, shape: &RecordShape, kind: RowKind, sane: bool, coder: &Coder) {
     let (sequence, targets) = sample(seed, shape, kind, sane);
-    let mut space = Workspace::new(shape.vocab_size);
+    let mut space = Workspace::new(shape, &coder.model);
     let (mut errors, mut blocks) = ([QuantiserError::default(); 2], [Block::default(), Block::default()]);
     let mut records = [vec![], vec![]];
     packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut errors[0]);
@@ -185,7 +185,7 @@ fn tokens_alone_are_a_record_too() {
     let shape = RecordShape::new(24, 50, &[], RowKind::Exact, 64).unwrap();
     let sequences: Vec<_> = (0..8).map(|seed| sample(seed, &with, kind, true).0).collect();
     let coder = Coder::calibrate(sequences.iter().map(|sequence| (sequence, None)), &shape, Default::default());
-    let mut space = Workspace::new(50);
+    let mut space = Workspace::new(&shape, &coder.model);
     for sequence in &sequences {
         let (mut records, mut blocks) = ([vec![], vec![]], [Block::default(), Block::default()]);
         let mut error = QuantiserError::default();
@@ -229,7 +229,7 @@ fn what_cannot_be_recorded_is_refused() {
 
 /// Decodes as both codecs, which must end in an error or a block.
 fn decode_both(bytes: &[u8], shape: &RecordShape, coder: &Coder) -> [bool; 2] {
-    let (mut space, mut block) = (Workspace::new(shape.vocab_size), Block::default());
+    let (mut space, mut block) = (Workspace::new(shape, &coder.model), Block::default());
     let packed = packed::decode_sequence(bytes, shape, &mut block).is_ok();
     let mut block = Block::default();
     [packed, compact::decode_sequence(bytes, shape, coder, &mut space, &mut block).is_ok()]
@@ -257,7 +257,7 @@ proptest! {
             let (shape, kind, coder) = &coders[kind as usize];
             decode_both(&noise, shape, coder);
             let (sequence, targets) = sample(seed, shape, *kind, true);
-            let (mut space, mut error) = (Workspace::new(50), QuantiserError::default());
+            let (mut space, mut error) = (Workspace::new(shape, &coder.model), QuantiserError::default());
             let mut records = [vec![], vec![]];
             packed::encode_sequence(&sequence, Some(&targets), shape, &mut records[0], &mut error);
             compact::encode_sequence(&sequence, Some(&targets), shape, coder, &mut space, &mut records[1], &mut error);

@@ -3,8 +3,8 @@
 //! Knows where records lie, which codec reads them and in which threads; what is in one is `record.rs`'s business.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -14,6 +14,7 @@ use super::codec::{Block, Codec, Coder as CodecCoder, Encoded, Shape};
 use super::coder::Coder;
 use super::compact::RecordParts;
 use super::manifest::QuantiserError;
+use super::record::RecordShape;
 use super::settings::CacheSettings;
 use super::shard::{TensorBytes, TensorIndex, Tensors};
 use super::walk::Workspace;
@@ -24,19 +25,24 @@ use crate::targets::{PackedSequence, SparseTargets};
 const OFFSETS: &str = "record_offsets";
 pub(crate) const RECORDS: &str = "records";
 
-thread_local! {
-    /// Of the last vocabulary that this thread coded for.
-    static WORKSPACE: RefCell<Option<(usize, Workspace)>> = const { RefCell::new(None) };
+/// A coder, and room for each thread that has used it.
+#[derive(Debug)]
+pub(crate) struct CompactCoder {
+    coder: Coder,
+    shape: RecordShape,
+    spaces: Mutex<Vec<Workspace>>,
 }
 
-fn with_workspace<R>(vocab_size: usize, use_it: impl FnOnce(&mut Workspace) -> R) -> R {
-    WORKSPACE.with_borrow_mut(|place| {
-        if place.as_ref().is_none_or(|(size, _)| *size != vocab_size) {
-            *place = None;
-        }
-        let (_, space) = place.get_or_insert_with(|| (vocab_size, Workspace::new(vocab_size)));
-        use_it(space)
-    })
+impl CompactCoder {
+    /// With room that is kept from sequence to sequence: more of it than a sequence has bytes.
+    fn with_workspace<R>(&self, use_it: impl FnOnce(&Coder, &mut Workspace) -> R) -> R {
+        // A thread that panicked left none behind.
+        let spare = self.spaces.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut space = spare.unwrap_or_else(|| Workspace::new(&self.shape, &self.coder.model));
+        let made = use_it(&self.coder, &mut space);
+        self.spaces.lock().unwrap_or_else(PoisonError::into_inner).push(space);
+        made
+    }
 }
 
 /// The tables of a `compact` cache, learnt from the blocks of its first shards.
@@ -60,12 +66,11 @@ pub(crate) fn learn(settings: &CacheSettings, blocks: &mut dyn Iterator<Item = R
 }
 
 /// Reads what [`learn`] wrote.
-pub(crate) fn read_coder(settings: &CacheSettings, bytes: &[u8]) -> Result<Coder, String> {
+pub(crate) fn read_coder(settings: &CacheSettings, bytes: &[u8]) -> Result<CompactCoder, String> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is not a safetensors file: {error}"))?;
-    Coder::from_tensors(
-        |name| file.tensor(name).ok().map(|tensor| tensor.data().to_vec()),
-        settings.tokenizer.vocab_size,
-    )
+    let tensor = |name: &str| file.tensor(name).ok().map(|tensor| tensor.data().to_vec());
+    let coder = Coder::from_tensors(tensor, settings.tokenizer.vocab_size)?;
+    Ok(CompactCoder { coder, shape: Shape::of_settings(settings).record().clone(), spaces: Mutex::default() })
 }
 
 pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: Option<&CodecCoder>) -> Encoded<'a> {
@@ -77,7 +82,7 @@ pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: O
             let (mut record, mut error) = (vec![], QuantiserError::default());
             let targets = targets.as_ref();
             match (codec, coder) {
-                (Codec::Compact, Some(CodecCoder::Compact(coder))) => with_workspace(shape.vocab_size, |space| {
+                (Codec::Compact, Some(CodecCoder::Compact(coder))) => coder.with_workspace(|coder, space| {
                     compact::encode_sequence(&sequence, targets, record_shape, coder, space, &mut record, &mut error);
                 }),
                 (Codec::Compact, _) => panic!("encoded before it has learnt"),
@@ -152,9 +157,8 @@ pub(crate) fn decode(
     for (number, ends) in range.zip(offsets.windows(2)) {
         let bytes = tensors.u8s(RECORDS, ends[0] as usize..ends[1] as usize)?;
         let read = match (codec, coder) {
-            (Codec::Compact, Some(CodecCoder::Compact(coder))) => with_workspace(shape.vocab_size, |space| {
-                compact::decode_sequence(&bytes, shape.record(), coder, space, into)
-            }),
+            (Codec::Compact, Some(CodecCoder::Compact(coder))) => coder
+                .with_workspace(|coder, space| compact::decode_sequence(&bytes, shape.record(), coder, space, into)),
             (Codec::Compact, _) => Err("its coder was not read".into()),
             _ => packed::decode_sequence(&bytes, shape.record(), into),
         };
@@ -173,6 +177,6 @@ pub(crate) fn add_parts(
 ) -> bool {
     #[allow(irrefutable_let_patterns)] // Tests have another.
     let CodecCoder::Compact(coder) = coder else { return false };
-    with_workspace(shape.vocab_size, |space| parts.add(sequence, targets, shape.record(), coder, space));
+    coder.with_workspace(|coder, space| parts.add(sequence, targets, shape.record(), coder, space));
     true
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::Codec;
+use super::model::LARGEST_VOCABULARY;
 use super::quantizer::MAX_STEPS;
 use crate::error::{Error, Result};
 pub use crate::selection::Selection;
@@ -89,6 +90,11 @@ impl CacheSettings {
                 let problem = format!("probabilities cannot be rounded to {levels} levels");
                 return Err(Error::usage(problem, format!("give [cache] levels from 1 to {MAX_STEPS}, as {usual}")));
             }
+        }
+        if self.codec == Codec::Compact && vocab_size > LARGEST_VOCABULARY {
+            let problem = format!("the codec `compact` cannot hold a vocabulary of {vocab_size} tokens");
+            let tip = format!("set [cache] codec = \"packed\", or use a tokenizer of at most {LARGEST_VOCABULARY}");
+            return Err(Error::usage(problem, tip));
         }
         let Some(soft_targets) = &self.soft_targets else { return Ok(()) };
         let rounds = self.codec.default_levels().is_some();
@@ -227,6 +233,15 @@ pub(super) mod tests {
         assert_eq!(
             message(|settings| settings.seq_len = 0),
             "the cache setting `seq_len` is 0; give a number from 1 to 4294967294"
+        );
+        let huge = |settings: &mut CacheSettings| {
+            settings.codec = Codec::Compact;
+            settings.tokenizer.vocab_size = (1 << 27) + 1;
+        };
+        assert_eq!(
+            message(huge),
+            "the codec `compact` cannot hold a vocabulary of 134217729 tokens; \
+             set [cache] codec = \"packed\", or use a tokenizer of at most 134217728"
         );
         assert_eq!(
             message(|settings| settings.split.clear()),

@@ -3,7 +3,7 @@
 //! disagree. It is written down in docs/cache-records.md.
 
 use super::coder::context;
-use super::model::{BUCKETS, Candidate, History, Known, Model, NUMBER_CLASSES, Ranker, class_of, of_class};
+use super::model::{BUCKETS, Candidate, Hint, History, Known, Model, NUMBER_CLASSES, Ranker, class_of, of_class};
 use super::quantizer::{RowKind, TAIL_CODES};
 use super::rans::{Decoder, Sink};
 use super::record::{QuantisedRow, RecordShape};
@@ -19,23 +19,35 @@ const LABEL_FAR: u8 = 254;
 /// Fixed point of squared levels: 16ths.
 const SQUARE: f64 = 16.0;
 
-/// Room that is kept from sequence to sequence.
+/// Room that is kept from sequence to sequence, of one shape and model.
 pub(crate) struct Workspace {
     pub(super) history: History,
     ranker: Ranker,
-    /// By id, when writing: one more than the place of the id in its row.
+    scale: Scale,
+    /// By place in the model's order, when writing: one more than the number of the id in its row.
     kept: Vec<u32>,
     pub(super) row: QuantisedRow,
+    /// The row's ids in the order of the walk.
+    hints: Vec<Hint>,
+    /// When reading, of each of them the order of its level, and below it the id.
     keys: Vec<u64>,
 }
 
+impl std::fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workspace").finish_non_exhaustive()
+    }
+}
+
 impl Workspace {
-    pub(crate) fn new(vocab_size: usize) -> Self {
+    pub(crate) fn new(shape: &RecordShape, model: &Model) -> Self {
         Workspace {
-            history: History::new(vocab_size),
-            ranker: Ranker::new(vocab_size),
-            kept: vec![0; vocab_size],
+            history: History::new(shape.vocab_size),
+            ranker: Ranker::new(model),
+            scale: Scale::new(shape),
+            kept: vec![0; shape.vocab_size],
             row: QuantisedRow::default(),
+            hints: vec![],
             keys: vec![],
         }
     }
@@ -43,18 +55,23 @@ impl Workspace {
 
 /// What the walk needs of a row's numbers, by level and by tail.
 pub(super) struct Scale {
-    /// Square of a level, in 16ths; 0 for halvings and drawn ids.
-    squares: Vec<u32>,
+    levels: Vec<ScaledLevel>,
     /// What a tail leaves, as a squared level in 16ths.
     masses: Vec<i64>,
-    /// Place of a level in the order of decoding.
-    order: Vec<u16>,
     by_order: Vec<u16>,
-    strong: Vec<bool>,
     /// Whether levels are numbers of draws, written by their class.
     counts: bool,
     /// The least level.
     least: u32,
+}
+
+struct ScaledLevel {
+    /// In 16ths; 0 for halvings and drawn ids.
+    square: u32,
+    /// Place in the order of decoding.
+    order: u16,
+    /// Of what an id of this level says to later rows.
+    strength: u8,
 }
 
 impl Scale {
@@ -62,35 +79,36 @@ impl Scale {
         let quantiser = &shape.quantiser;
         let levels = 0..quantiser.level_count() as u16;
         let steps = u32::from(quantiser.steps);
-        let direct = |level: u16| {
-            let sampled = matches!(quantiser.kind, RowKind::Sampled { .. });
-            if sampled || u32::from(level) > steps { 0 } else { u32::from(level) }
-        };
+        let counts = matches!(quantiser.kind, RowKind::Sampled { .. });
+        let direct = |level: u16| if counts || u32::from(level) > steps { 0 } else { u32::from(level) };
         let mut by_order: Vec<u16> = levels.clone().collect();
         by_order.sort_by(|left, right| quantiser.above(*left, *right).then(left.cmp(right)));
         let mut order = vec![0; by_order.len()];
         by_order.iter().enumerate().for_each(|(place, level)| order[*level as usize] = place as u16);
         let whole = SQUARE * f64::from(steps) * f64::from(steps);
-        let masses = (0..TAIL_CODES).map(|code| (quantiser.mass(code as u8) * whole) as i64).collect();
         Scale {
-            squares: levels.clone().map(|level| 16 * direct(level) * direct(level)).collect(),
-            masses,
-            order,
-            by_order,
-            strong: levels
-                .map(|level| match quantiser.kind {
-                    RowKind::Sampled { .. } => level > 1,
-                    _ => 10 * direct(level) > steps,
+            levels: levels
+                .map(|level| ScaledLevel {
+                    square: 16 * direct(level) * direct(level),
+                    order: order[level as usize],
+                    strength: 1 + u8::from(if counts { level > 1 } else { 10 * direct(level) > steps }),
                 })
                 .collect(),
-            counts: matches!(quantiser.kind, RowKind::Sampled { .. }),
+            masses: (0..TAIL_CODES).map(|code| (quantiser.mass(code as u8) * whole) as i64).collect(),
+            by_order,
+            counts,
             least: u32::from(!matches!(quantiser.kind, RowKind::ThresholdSampled { .. })),
         }
     }
 
+    /// Strength of what an id of this level says to later rows.
+    pub(super) fn strength(&self, level: u16) -> u8 {
+        self.levels[level as usize].strength
+    }
+
     #[inline(always)]
     fn has(&self, level: u32) -> bool {
-        level >= self.least && (level as usize) < self.squares.len()
+        level >= self.least && (level as usize) < self.levels.len()
     }
 }
 
@@ -169,13 +187,18 @@ pub(super) struct Walk<'a, D> {
     pub direction: D,
     pub model: &'a Model,
     pub shape: &'a RecordShape,
-    pub scale: &'a Scale,
     pub space: &'a mut Workspace,
     /// What is wrong with the record. Looked at after each row: the steps themselves go on with something harmless.
     pub fault: Option<String>,
 }
 
-impl<D: Direction> Walk<'_, D> {
+impl<'a, D: Direction> Walk<'a, D> {
+    /// A walk from the beginning of a sequence.
+    pub(super) fn new(direction: D, model: &'a Model, shape: &'a RecordShape, space: &'a mut Workspace) -> Self {
+        space.history.clear();
+        Walk { direction, model, shape, space, fault: None }
+    }
+
     #[cold]
     fn wrong(&mut self, fault: String) {
         self.fault.get_or_insert(fault);
@@ -198,34 +221,47 @@ impl<D: Direction> Walk<'_, D> {
 
     #[inline(always)]
     fn at(&mut self, place: u32) -> u32 {
-        self.entry(&self.model.order, place)
-    }
-
-    #[inline(always)]
-    fn entry(&mut self, ids: &[u32], place: u32) -> u32 {
-        match ids.get(place as usize) {
+        match self.model.order.get(place as usize) {
             Some(id) => *id,
             None => {
-                self.wrong(format!("it holds the id at place {place} of {}", ids.len()));
+                self.wrong(no_id(place, self.model.order.len()));
                 0
             }
         }
     }
 
+    /// The id at a place of a list.
+    #[inline(always)]
+    fn listed(&mut self, hints: &[Hint], place: u32) -> u32 {
+        match hints.get(place as usize) {
+            Some(hint) => self.model.order[hint.place() as usize],
+            None => {
+                self.wrong(no_id(place, hints.len()));
+                0
+            }
+        }
+    }
+
+    /// The inverse of [`Walk::listed`].
+    fn place_listed(&self, hints: &[Hint], id: u32) -> Option<u32> {
+        let place = self.model.places[id as usize];
+        hints.iter().position(|hint| hint.place() == place).map(|place| place as u32)
+    }
+
     pub(super) fn token(&mut self, previous: u32, token: u32) -> u32 {
-        let (ids, _) = self.model.follows.of(previous);
+        let hints = self.model.follows.of(previous);
         let follower = self.space.history.follower(previous);
         let mut symbol = NOT_LISTED;
         let mut value = 0;
         if D::WRITES {
             if follower == Some(token) {
                 symbol = AS_BEFORE;
-            } else if let Some(place) = ids.iter().position(|id| *id == token) {
-                value = place as u32;
+            } else if let Some(place) = self.place_listed(hints, token) {
+                value = place;
                 symbol = class_of(value).0;
             }
         }
-        let length = if ids.is_empty() { 0 } else { 1 + (ids.len().ilog2() as usize / 2).min(2) };
+        let length = if hints.is_empty() { 0 } else { 1 + (hints.len().ilog2() as usize / 2).min(2) };
         let symbol = self.direction.symbol(context::TOKEN + 4 * usize::from(follower.is_some()) + length, symbol);
         let token = match (symbol, follower) {
             (AS_BEFORE, Some(follower)) => follower,
@@ -240,21 +276,11 @@ impl<D: Direction> Walk<'_, D> {
             }
             _ => {
                 let place = self.direction.rest(symbol, value);
-                self.entry(ids, place)
+                self.listed(hints, place)
             }
         };
         self.space.history.token(previous, token);
         token
-    }
-
-    #[inline(always)]
-    fn level(&mut self, context: usize, level: u16) -> u16 {
-        let level = coded_level(&mut self.direction, self.scale, context, level);
-        if self.scale.has(level) {
-            return level as u16;
-        }
-        self.wrong(format!("a level of {level}"));
-        1
     }
 
     /// A valid row: the workspace's row, which is filled when reading.
@@ -270,11 +296,9 @@ impl<D: Direction> Walk<'_, D> {
         let kept_before = before.map(|row| self.space.history.kept(row));
         let count_context =
             context::COUNT + kept_before.map_or(0, |kept| 1 + class_of(kept.len() as u32).0.min(20) as usize);
-        let top_before = kept_before.and_then(|kept| kept.first()).copied().filter(|top| *top != label);
-        let before_agrees = match kept_before.and_then(|kept| kept.first()) {
-            None => 0,
-            Some(top) => 1 + usize::from(*top == label),
-        };
+        let top_before = kept_before.and_then(|kept| kept.first()).map(|hint| self.model.order[hint.place() as usize]);
+        let before_agrees = top_before.map_or(0, |top| 1 + usize::from(top == label));
+        let top_before = top_before.filter(|top| *top != label);
         let count = self.direction.number(count_context, row.ids.len() as u32) as usize;
         if count > self.model.vocab_size {
             return Err(format!("row {place} keeps {count} of {} ids", self.model.vocab_size));
@@ -288,8 +312,12 @@ impl<D: Direction> Walk<'_, D> {
             let written = if D::WRITES { (row.ids[0], row.levels[0]) } else { (0, 0) };
             let source;
             (top, source) = self.top(previous, label, top_before, before_agrees, written.0);
-            top_level = self.level(context::TOP_LEVEL + source * 16 + count_class, written.1);
-            top_square = self.scale.squares[top_level as usize];
+            let context = context::TOP_LEVEL + source * 16 + count_class;
+            top_level = coded_level(&mut self.direction, &self.space.scale, context, written.1);
+            if !self.space.scale.has(top_level) {
+                return Err(format!("a level of {top_level}"));
+            }
+            top_square = self.space.scale.levels[top_level as usize].square;
         }
         let steps = u32::from(self.shape.quantiser.steps);
         let top_part = (top_square.isqrt() * 4 / steps.max(1)).min(16) as usize;
@@ -308,32 +336,25 @@ impl<D: Direction> Walk<'_, D> {
             }
         }
         if count > 0 {
-            if !D::WRITES {
-                row.ids.push(top);
-                row.levels.push(top_level);
-            }
-            let mass = self.scale.masses[row.tails.first().copied().unwrap_or(0) as usize] - i64::from(top_square);
+            let Workspace { scale, hints, keys, .. } = &mut *self.space;
+            hints.clear();
+            keys.clear();
+            push(self.model, scale, hints, keys, self.model.places[top as usize], top_level);
+            let mass = scale.masses[row.tails.first().copied().unwrap_or(0) as usize] - i64::from(top_square);
             self.space.ranker.rank(self.model, &self.space.history, Known { place, previous, label, top });
             self.others(count - 1, mass, row);
             if self.fault.is_some() {
                 return Ok(());
             }
+        } else {
+            self.space.hints.clear();
+            self.space.keys.clear();
         }
         if !D::WRITES {
-            let keys = &mut self.space.keys;
-            keys.clear();
-            let order = &self.scale.order;
-            keys.extend(
-                row.ids
-                    .iter()
-                    .zip(&row.levels)
-                    .map(|(id, level)| u64::from(order[*level as usize]) << 32 | u64::from(*id)),
-            );
+            let Workspace { scale, keys, .. } = &mut *self.space;
             keys.sort_unstable();
-            for ((key, id), level) in keys.iter().zip(&mut row.ids).zip(&mut row.levels) {
-                *id = *key as u32;
-                *level = self.scale.by_order[(*key >> 32) as usize];
-            }
+            row.ids.extend(keys.iter().map(|key| *key as u32));
+            row.levels.extend(keys.iter().map(|key| scale.by_order[(*key >> 32) as usize]));
         }
         if !row.ids.contains(&label) {
             for number in 0..self.shape.label_count(count) {
@@ -344,9 +365,7 @@ impl<D: Direction> Walk<'_, D> {
                 }
             }
         }
-        let strong = &self.scale.strong;
-        let ids = row.ids.iter().zip(&row.levels).map(|(id, level)| (*id, strong[*level as usize]));
-        self.space.history.row(place, previous, label, ids);
+        self.space.history.row(place, previous, label, &self.space.hints);
         Ok(())
     }
 
@@ -359,15 +378,15 @@ impl<D: Direction> Walk<'_, D> {
         before_agrees: usize,
         top: u32,
     ) -> (u32, usize) {
-        let (ids, _) = self.model.follows.of(previous);
+        let hints = self.model.follows.of(previous);
         let (mut symbol, mut value) = (NOT_LISTED, 0);
         if D::WRITES {
             if top == label {
                 symbol = TOP_IS_LABEL;
             } else if top_before == Some(top) {
                 symbol = TOP_AS_BEFORE;
-            } else if let Some(place) = ids.iter().position(|id| *id == top) {
-                value = place as u32;
+            } else if let Some(place) = self.place_listed(hints, top) {
+                value = place;
                 symbol = class_of(value).0;
             }
         }
@@ -385,7 +404,7 @@ impl<D: Direction> Walk<'_, D> {
             }
             (symbol, _) => {
                 let place = self.direction.rest(symbol, value);
-                (self.entry(ids, place), 2)
+                (self.listed(hints, place), 2)
             }
         }
     }
@@ -393,61 +412,23 @@ impl<D: Direction> Walk<'_, D> {
     /// The ids beside the best: those that were expected in the order of expectation, then the rest in the order of
     /// frequency.
     fn others(&mut self, count: usize, mass: i64, row: &mut QuantisedRow) {
-        let (mut left, mut mass) = (count, mass);
+        let Workspace { ranker, scale, kept, hints, keys, .. } = &mut *self.space;
+        let mut left = Left { count, mass };
         if D::WRITES {
-            let kept = row.ids.iter().enumerate().skip(1);
-            kept.for_each(|(place, id)| self.space.kept[*id as usize] = place as u32 + 1);
+            let others = row.ids.iter().enumerate().skip(1);
+            others.for_each(|(number, id)| kept[self.model.places[*id as usize] as usize] = number as u32 + 1);
         }
-        let (scale, space) = (self.scale, &mut *self.space);
-        let (ranked, marks) = (&space.ranker.ranked[..], &mut space.kept[..]);
-        let fault =
-            self.direction.as_local(|direction| expected(direction, scale, ranked, marks, &mut left, &mut mass, row));
-        if let Some(fault) = fault {
-            self.wrong(fault);
-        } else if left > 0 {
-            self.unexpected(left, mass, row);
-        }
-    }
-
-    /// Ids that nothing spoke for.
-    fn unexpected(&mut self, left: usize, mass: i64, row: &mut QuantisedRow) {
-        let mut mass = mass;
-        let mut places: Vec<u32> = vec![];
-        if D::WRITES {
-            let rest = row.ids[1..].iter().filter(|id| self.space.kept[**id as usize] > 0);
-            places.extend(rest.map(|id| self.model.places[*id as usize]));
-            places.sort_unstable();
-        }
-        let (model, scale, marks) = (self.model, self.scale, &mut self.space.kept[..]);
-        let fault = self.direction.as_local(|direction| {
-            let mut from = 0;
-            for (number, left) in (1..=left).rev().enumerate() {
-                let gap = places.get(number).map_or(0, |place| place - from);
-                let context = context::OUT
-                    + (class_of(from).0 as usize / 4).min(15) * 16
-                    + (class_of(left as u32).0 as usize).min(15);
-                let place = from.saturating_add(direction.number(context, gap));
-                let Some(&id) = model.order.get(place as usize) else {
-                    return Some(format!("it holds the id at place {place} of {}", model.order.len()));
-                };
-                if direction.overran() {
-                    return None;
-                }
-                let written =
-                    if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
-                let level = coded_level(direction, scale, level_context(BUCKETS / 2, left, mass), written);
-                if !scale.has(level) {
-                    return Some(format!("a level of {level}"));
-                }
-                if !D::WRITES {
-                    row.ids.push(id);
-                    row.levels.push(level as u16);
-                }
-                mass -= i64::from(scale.squares[level as usize]);
-                from = place + 1;
+        let mut parts = Others { model: self.model, scale, kept, levels: &row.levels, hints, keys };
+        let mut fault = self.direction.as_local(|direction| parts.expected(direction, ranker.ranked(), &mut left));
+        if fault.is_none() && left.count > 0 {
+            let mut places = vec![];
+            if D::WRITES {
+                places.extend(row.ids[1..].iter().map(|id| self.model.places[*id as usize]));
+                places.retain(|place| parts.kept[*place as usize] > 0);
+                places.sort_unstable();
             }
-            None
-        });
+            fault = self.direction.as_local(|direction| parts.unexpected(direction, &places, left));
+        }
         if let Some(fault) = fault {
             self.wrong(fault);
         }
@@ -485,8 +466,8 @@ fn coded_level<D: Direction>(direction: &mut D, scale: &Scale, context: usize, l
 
 /// The context of a level, by the bucket of its id, the ids left, it included, and the mass left for them.
 #[inline(always)]
-fn level_context(bucket: usize, left: usize, mass: i64) -> usize {
-    let mass = mass.max(0) as u32;
+fn level_context(bucket: usize, left: Left) -> usize {
+    let (mass, left) = (left.mass.max(0) as u32, left.count);
     if left == 1 {
         return context::LEVEL_LAST + (class_of(mass).0 as usize).min(79);
     }
@@ -509,59 +490,108 @@ const INVERSES: [u64; 64] = {
     inverses
 };
 
-/// Ids among the candidates, in their order: the innermost loop. Returns what is wrong with the record.
+/// What is left of a row's ids: how many, and their mass as a squared level.
+#[derive(Clone, Copy)]
+struct Left {
+    count: usize,
+    mass: i64,
+}
+
+/// What the ids beside the best need of the walk.
+struct Others<'a> {
+    model: &'a Model,
+    scale: &'a Scale,
+    /// When writing: see [`Workspace`], and the row's levels.
+    kept: &'a mut [u32],
+    levels: &'a [u16],
+    hints: &'a mut Vec<Hint>,
+    keys: &'a mut Vec<u64>,
+}
+
+impl Others<'_> {
+    /// Ids among the candidates, in their order: the innermost loop. Returns what is wrong with the record.
+    #[inline(always)]
+    fn expected<D: Direction>(
+        &mut self,
+        direction: &mut D,
+        ranked: &[Candidate],
+        left_of_row: &mut Left,
+    ) -> Option<String> {
+        let mut left = *left_of_row;
+        let most = left.count.min(ranked.len());
+        self.hints.reserve(most);
+        self.keys.reserve(most);
+        let mut at = 0;
+        while left.count > 0 && at < ranked.len() {
+            let context = context::GAP + ranked[at].bucket() * 16 + (class_of(left.count as u32).0 as usize).min(15);
+            let kept = |candidate: &Candidate| self.kept[candidate.place() as usize] > 0;
+            let gap = if D::WRITES { ranked[at..].iter().position(kept) } else { None };
+            let written = gap.map_or(NOT_RANKED, |gap| class_of(gap as u32).0);
+            let symbol = direction.symbol(context, written);
+            if symbol == NOT_RANKED {
+                break;
+            }
+            at += direction.rest(symbol, gap.unwrap_or(0) as u32) as usize;
+            let Some(candidate) = ranked.get(at) else { return Some("a kept id after the last candidate".into()) };
+            let context = level_context(candidate.bucket() / 2, left);
+            if let Some(fault) = self.id(direction, context, candidate.place(), &mut left) {
+                return Some(fault);
+            }
+            at += 1;
+        }
+        *left_of_row = left;
+        None
+    }
+
+    /// Ids that nothing spoke for; `places` are theirs, when writing.
+    #[inline(always)]
+    fn unexpected<D: Direction>(&mut self, direction: &mut D, places: &[u32], left: Left) -> Option<String> {
+        let (mut left, mut from, mut places) = (left, 0, places.iter());
+        while left.count > 0 {
+            let context = context::OUT
+                + (class_of(from).0 as usize / 4).min(15) * 16
+                + (class_of(left.count as u32).0 as usize).min(15);
+            let gap = places.next().map_or(0, |place| place - from);
+            let place = from.saturating_add(direction.number(context, gap));
+            if place as usize >= self.model.order.len() {
+                return Some(no_id(place, self.model.order.len()));
+            }
+            if direction.overran() {
+                return None;
+            }
+            if let Some(fault) = self.id(direction, level_context(BUCKETS / 2, left), place, &mut left) {
+                return Some(fault);
+            }
+            from = place + 1;
+        }
+        None
+    }
+
+    /// The level of an id, and what follows from it.
+    #[inline(always)]
+    fn id<D: Direction>(&mut self, direction: &mut D, context: usize, place: u32, left: &mut Left) -> Option<String> {
+        let written =
+            if D::WRITES { self.levels[std::mem::take(&mut self.kept[place as usize]) as usize - 1] } else { 0 };
+        let level = coded_level(direction, self.scale, context, written);
+        if !self.scale.has(level) {
+            return Some(format!("a level of {level}"));
+        }
+        left.mass -= i64::from(self.scale.levels[level as usize].square);
+        left.count -= 1;
+        push(self.model, self.scale, self.hints, self.keys, place, level);
+        None
+    }
+}
+
+/// Adds an id to a row.
 #[inline(always)]
-fn expected<D: Direction>(
-    direction: &mut D,
-    scale: &Scale,
-    ranked: &[Candidate],
-    marks: &mut [u32],
-    left: &mut usize,
-    mass: &mut i64,
-    row: &mut QuantisedRow,
-) -> Option<String> {
-    let mut found = row.ids.len();
-    if !D::WRITES {
-        let room = found + (*left).min(ranked.len());
-        row.ids.resize(room, 0);
-        row.levels.resize(room, 0);
-    }
-    let (mut at, mut fault) = (0, None);
-    while *left > 0 && at < ranked.len() {
-        let context = context::GAP + ranked[at].bucket() * 16 + (class_of(*left as u32).0 as usize).min(15);
-        let next =
-            if D::WRITES { (at..ranked.len()).find(|place| marks[ranked[*place].id() as usize] > 0) } else { None };
-        let gap = next.map_or(0, |next| (next - at) as u32);
-        let written = if D::WRITES && next.is_none() { NOT_RANKED } else { class_of(gap).0 };
-        let symbol = direction.symbol(context, written);
-        if symbol == NOT_RANKED {
-            break;
-        }
-        at += direction.rest(symbol, gap) as usize;
-        let Some(candidate) = ranked.get(at) else {
-            fault = Some(String::from("a kept id after the last candidate"));
-            break;
-        };
-        let id = candidate.id();
-        let written = if D::WRITES { row.levels[std::mem::take(&mut marks[id as usize]) as usize - 1] } else { 0 };
-        let context = level_context(candidate.bucket() / 2, *left, *mass);
-        let level = coded_level(direction, scale, context, written);
-        if !scale.has(level) {
-            fault = Some(format!("a level of {level}"));
-            break;
-        }
-        if !D::WRITES {
-            row.ids[found] = id;
-            row.levels[found] = level as u16;
-            found += 1;
-        }
-        *mass -= i64::from(scale.squares[level as usize]);
-        *left -= 1;
-        at += 1;
-    }
-    if !D::WRITES {
-        row.ids.truncate(found);
-        row.levels.truncate(found);
-    }
-    fault
+fn push(model: &Model, scale: &Scale, hints: &mut Vec<Hint>, keys: &mut Vec<u64>, place: u32, level: u32) {
+    let level = &scale.levels[level as usize];
+    hints.push(Hint::new(place, level.strength));
+    keys.push(u64::from(level.order) << 32 | u64::from(model.order[place as usize]));
+}
+
+#[cold]
+fn no_id(place: u32, of: usize) -> String {
+    format!("it holds the id at place {place} of {of}")
 }

@@ -1,5 +1,6 @@
 //! Writing a cache: push sequences, be killed at any moment, start again, finish; beside any number of other writers.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::assignment::{Open, Target, find};
@@ -145,6 +146,43 @@ impl CacheWriter {
             Target::Wait => Next::Wait,
             _ => Next::Done,
         })
+    }
+
+    /// The numbers of the sequences that are going to be asked for, `most` of them together at most, in ranges that each
+    /// end where a shard does (or the data, or `most`): for whoever computes many at once. What other writers do
+    /// meanwhile may leave some of them out, so [`next_push`](Self::next_push) decides.
+    ///
+    /// Nothing when nothing is to be pushed now, and one range at most as long as the coder has something to learn.
+    pub fn upcoming(&self, most: u64) -> Vec<Range<u64>> {
+        let State::Unfinished(open) = &self.state else { return vec![] };
+        let full = self.settings.sequences_per_shard as u64;
+        let (mut number, only_one) = match open.target {
+            Target::Shard(number) => (number, false),
+            Target::Calibration(number) => (number, true),
+            _ => return vec![],
+        };
+        let (mut ranges, mut left, mut start) = (vec![], most, number * full + self.counts.sequences);
+        loop {
+            let end = ((number + 1) * full).min(open.end.unwrap_or(u64::MAX)).min(start + left);
+            if end > start {
+                ranges.push(start..end);
+                left -= end - start;
+            }
+            if only_one || left == 0 {
+                return ranges;
+            }
+            // Those that are sealed, or whose targets the coder has learnt from, are not asked for.
+            let is_there =
+                |number| open.files.is_sealed(number) || open.files.record_path(CALIBRATION_FOLDER, number).is_file();
+            number += self.part.count();
+            while is_there(number) {
+                number += self.part.count();
+            }
+            start = number * full;
+            if open.end.is_some_and(|end| start >= end) {
+                return ranges;
+            }
+        }
     }
 
     /// How many sequences the shard being filled still takes; batches must end there. 0 if there is none.

@@ -6,31 +6,29 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::blocks;
 use super::dtype::Dtype;
 
-/// Elements that one task converts: enough to pay for its scheduling, few enough to stay in a core's cache.
-const CHUNK: usize = 1 << 16;
+/// Elements that one task converts: enough to pay for its scheduling, few enough to stay in a core's cache. A multiple
+/// of the elements of every type's blocks.
+pub(super) const CHUNK: usize = 1 << 16;
 /// Elements encoded before they are written; bounds the memory of writing.
 const BLOCK: usize = 1 << 22;
 
-/// Whether [`decode_f32`] reads this type.
+/// Whether a type holds numbers that are whole by themselves, without a scale stored elsewhere.
 pub(super) fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F32 | Dtype::Bf16 | Dtype::F16 | Dtype::F64)
+    use Dtype::{Bf16, F16, F32, F64, Q4_0, Q4_1, Q4K, Q6K, Q8_0};
+    matches!(dtype, F32 | Bf16 | F16 | F64 | Q4_0 | Q4_1 | Q8_0 | Q4K | Q6K)
 }
 
-/// Values of `bytes` as f32, and whether all of them are finite. `dtype` is one of [`is_float`].
-pub(super) fn decode_f32(dtype: Dtype, bytes: &[u8]) -> (Vec<f32>, bool) {
-    let width = dtype.bits() as usize / 8;
-    let mut values = vec![0.0; bytes.len() / width];
-    let finite = values
-        .par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(CHUNK * width))
-        .map(|(values, bytes)| decode_chunk(dtype, bytes, values))
-        .reduce(|| true, |left, right| left & right);
-    (values, finite)
+/// Whether a type holds numbers that mean something once they are multiplied by a scale.
+pub(super) fn needs_scale(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F8E4m3 | Dtype::F8E5m2)
 }
 
-fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
+/// Values of `bytes` as f32, and whether all of them are finite. `dtype` is one of [`is_float`] or [`needs_scale`],
+/// and `bytes` are whole blocks of it.
+pub(super) fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
     let mut finite = true;
     match dtype {
         Dtype::F32 => {
@@ -63,10 +61,50 @@ fn decode_chunk(dtype: Dtype, bytes: &[u8], values: &mut [f32]) -> bool {
                 finite &= value.is_finite();
             }
         }
+        Dtype::F8E4m3 | Dtype::F8E5m2 => {
+            let table = if dtype == Dtype::F8E4m3 { &E4M3 } else { &E5M2 };
+            for (value, &stored) in values.iter_mut().zip(bytes) {
+                *value = table[usize::from(stored)];
+                finite &= value.is_finite();
+            }
+        }
+        Dtype::Q4_0 | Dtype::Q4_1 | Dtype::Q8_0 | Dtype::Q4K | Dtype::Q6K => {
+            blocks::decode(dtype, bytes, values);
+            finite = values.iter().all(|value| value.is_finite());
+        }
         other => unreachable!("{other} is not a type that is read as numbers"),
     }
     finite
 }
+
+/// The 256 numbers of FP8 E4M3 in its finite form: 4 bits of exponent with bias 7, no infinities, and NaN where all
+/// bits but the sign are set (Micikevicius et al. 2022, FP8 Formats for Deep Learning).
+const E4M3: [f32; 256] = {
+    let mut table = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        let (exponent, mantissa) = (code as u32 >> 3 & 15, code as u32 & 7);
+        let size = match (exponent, mantissa) {
+            (15, 7) => f32::NAN,
+            (0, _) => mantissa as f32 / 512.0,
+            _ => f32::from_bits((exponent + 127 - 7) << 23 | mantissa << 20),
+        };
+        table[code] = if code >= 128 { -size } else { size };
+        code += 1;
+    }
+    table
+};
+
+/// The 256 numbers of FP8 E5M2, which are those of f16 whose lower byte is 0.
+const E5M2: [f32; 256] = {
+    let mut table = [0.0; 256];
+    let mut code = 0;
+    while code < 256 {
+        table[code] = f16::from_bits((code as u16) << 8).to_f32_const();
+        code += 1;
+    }
+    table
+};
 
 /// Values of integers as i64; none for other types and for an unsigned number beyond i64.
 pub(super) fn decode_i64(dtype: Dtype, bytes: &[u8]) -> Option<Vec<i64>> {

@@ -13,11 +13,17 @@ const DOMAIN: &[u8] = b"limbeck checkpoint fingerprint 1";
 const EXACT: f64 = 9_007_199_254_740_992.0;
 
 pub(super) fn fingerprint(reader: &CheckpointReader) -> Result<String> {
-    let names: Vec<&str> = reader.names().collect();
+    let names: Vec<&str> = reader.stored_names().collect();
     // Parallel over tensors, and inside each: a checkpoint has both many small and few huge ones.
     let contents = names
         .par_iter()
-        .map(|name| Ok(*blake3::Hasher::new().update_rayon(reader.raw_bytes(name)?).finalize().as_bytes()))
+        .map(|name| {
+            let mut hasher = blake3::Hasher::new();
+            reader.each_piece(name, |bytes| {
+                hasher.update_rayon(bytes);
+            })?;
+            Ok(*hasher.finalize().as_bytes())
+        })
         .collect::<Result<Vec<[u8; 32]>>>()?;
 
     let mut hasher = blake3::Hasher::new();
@@ -27,9 +33,9 @@ pub(super) fn fingerprint(reader: &CheckpointReader) -> Result<String> {
         hasher.update(bytes);
     };
     add(DOMAIN);
-    add(canonical(reader.config()).as_bytes());
+    add(canonical(reader.stored_config()).as_bytes());
     for (name, content) in names.iter().zip(&contents) {
-        let info = reader.info(name)?;
+        let info = reader.stored_info(name)?;
         add(name.as_bytes());
         add(info.dtype.name().as_bytes());
         let shape: Vec<u8> = info.shape.iter().flat_map(|&size| (size as u64).to_le_bytes()).collect();

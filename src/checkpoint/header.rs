@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::dtype::{Dtype, TensorInfo, byte_count};
+use super::tensor_file::StoredTensor;
 use crate::error::{Error, Result};
 
 /// Longest header accepted, the limit of the format's own implementation.
@@ -26,13 +26,6 @@ const AGAIN: &str = "download it again";
 pub(super) struct Header {
     pub(super) tensors: BTreeMap<String, StoredTensor>,
     pub(super) metadata: BTreeMap<String, String>,
-}
-
-#[derive(Debug)]
-pub(super) struct StoredTensor {
-    pub(super) info: TensorInfo,
-    /// Place in the file, counted from the file's first byte; inside the file.
-    pub(super) bytes: Range<usize>,
 }
 
 /// Parses the header of a whole file, and checks every tensor of it against the file's length.

@@ -1,6 +1,9 @@
-//! Checkpoints: memory-mapped lazy reading of Hugging Face safetensors directories, and writing in the same layout.
+//! Checkpoints: lazy reading, and writing as Hugging Face safetensors directories.
 //!
-//! Hands out and takes host data. Knows nothing of models (names and shapes are the caller's) and nothing of devices.
+//! What is read is a Hugging Face directory, with weights in BF16, F16, F32 or scaled FP8; a directory with Meta's names;
+//! or a GGUF file. All are presented alike: a configuration in Hugging Face's words, tensors under its names, values as
+//! f32. Hands out and takes host data. Knows how formats name and store weights, nothing of what is computed with them
+//! (which names are asked for, and with what shapes, is the caller's), and nothing of devices.
 //! Nothing here reads a whole checkpoint: a tensor, or some rows of its first axis, at a time. Counts and offsets are
 //! 64-bit, and every size read from a file is compared with the file's length before memory is allocated by it.
 //!
@@ -19,19 +22,30 @@
 //! # }
 //! ```
 
+mod assembly;
+mod blocks;
 mod convert;
 mod dtype;
 mod fingerprint;
+mod gguf;
+mod gguf_models;
 mod header;
+mod hugging_face;
 mod index;
+mod meta;
+mod open;
+mod quantization;
 mod reader;
 mod safetensors_file;
 mod safetensors_writer;
 mod steps;
+mod tensor_file;
 mod train_state;
 mod writer;
 
 pub use dtype::{Dtype, StoredDtype, TensorInfo};
+pub use gguf::{GgufFile, Metadata, read_gguf};
+pub use open::{is_gguf, read_configuration};
 pub use reader::CheckpointReader;
 pub use safetensors_file::{SafetensorsFile, read_safetensors};
 pub use safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};

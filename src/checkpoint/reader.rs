@@ -1,118 +1,148 @@
-//! A checkpoint directory in Hugging Face layout, read lazily.
+//! A checkpoint, read lazily under the names that models ask for.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::dtype::TensorInfo;
-use super::safetensors_file::{SafetensorsFile, missing_tensor, read_safetensors};
-use super::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE, fingerprint, index};
-use crate::durable;
+use super::assembly::{Presented, StoredTensors};
+use super::dtype::{Dtype, TensorInfo};
+use super::tensor_file::{TensorFile, missing_tensor};
+use super::{fingerprint, open};
 use crate::error::{Error, Result};
 
-/// An open checkpoint: `config.json`, and the weights in `model.safetensors` or in the shards of
-/// `model.safetensors.index.json`.
+/// An open checkpoint: a configuration, and weights in one file or many.
 ///
-/// Files are memory-mapped and may be read from several threads at once. They must not be shortened meanwhile.
+/// Weights that are stored in FP8 are multiplied by their scales when they are read, and experts that are stored one by
+/// one are read as rows of one stack; see [`CheckpointReader::names`].
+/// May be read from several threads at once. A file that is shortened meanwhile is an error when it is read.
 #[derive(Debug)]
 pub struct CheckpointReader {
-    dir: PathBuf,
-    config: Value,
-    files: Vec<SafetensorsFile>,
-    /// Tensor name to its place in `files`.
-    file_of: BTreeMap<String, usize>,
+    pub(super) config_path: PathBuf,
+    pub(super) config: Value,
+    /// What the fingerprint covers of the configuration, as it was written.
+    pub(super) stored_config: Value,
+    pub(super) stored: StoredTensors,
+    pub(super) tensors: BTreeMap<String, Presented>,
 }
 
 impl CheckpointReader {
     /// Opens a checkpoint and checks all its headers; reads no weights.
     ///
-    /// When both a single file and an index are there the single file counts, as it does in `transformers`.
+    /// It is a directory in Hugging Face layout, a directory with Meta's names (`params.json`, and safetensors), a GGUF
+    /// file, of which a split model's first one is named, or the name of a model on the hub ([`crate::hub`]), which is
+    /// downloaded. When both a single file and an index are there the single file counts, as it does in `transformers`.
     ///
     /// # Errors
-    /// A missing or malformed directory, configuration, index or shard.
-    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
-        if !dir.is_dir() {
-            let problem = if dir.exists() { "is not a directory" } else { "does not exist" };
-            return Err(Error::file(dir, problem, "give the path of a checkpoint directory in Hugging Face layout"));
-        }
-        let missing = "copy it from where the weights came from";
-        let config = durable::read_json_object(&dir.join(CONFIG_FILE), missing, "download it again")?;
-        let (files, file_of) = if dir.join(SINGLE_FILE).is_file() {
-            let file = read_safetensors(dir.join(SINGLE_FILE))?;
-            let file_of = file.names().map(|name| (name.to_string(), 0)).collect();
-            (vec![file], file_of)
-        } else if dir.join(INDEX_FILE).is_file() {
-            open_shards(dir)?
-        } else {
-            return Err(no_weights(dir));
-        };
-        Ok(CheckpointReader { dir: dir.to_path_buf(), config, files, file_of })
+    /// A missing or malformed directory, configuration, index or shard; a quantisation, architecture or number type that
+    /// is not implemented; scales that are missing or do not fit their weights.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        open::open(path.as_ref())
     }
 
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.stored.path
     }
 
-    /// The content of `config.json`, an object.
+    /// The file that the configuration is in, for messages about it.
+    pub fn config_path(&self) -> &Path {
+        &self.config_path
+    }
+
+    /// The configuration in Hugging Face's words, an object. It has no `quantization_config`: what is handed out is
+    /// not quantised.
     pub fn config(&self) -> &Value {
         &self.config
     }
 
-    /// Names of all tensors, sorted.
+    /// Names of all tensors that can be loaded, sorted. They are those of unquantised Hugging Face checkpoints, whatever
+    /// the stored ones are: scales have none, and the experts of a layer are one tensor.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.file_of.keys().map(String::as_str)
+        self.tensors.keys().map(String::as_str)
     }
 
     pub fn contains(&self, name: &str) -> bool {
-        self.file_of.contains_key(name)
+        self.tensors.contains_key(name)
     }
 
-    /// Type and shape of a tensor.
+    /// Type that the values are stored in, and shape of a tensor.
     ///
     /// # Errors
     /// No tensor has this name.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.file(name)?.info(name)
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.info(tensor),
+            Presented::Assembled(assembly) => Ok(&assembly.info),
+        }
     }
 
-    /// The stored bytes of a tensor, straight from the file.
+    /// Whether a tensor is put together, or scaled, while it is read; else it is handed out as it is stored.
+    pub fn is_assembled(&self, name: &str) -> bool {
+        matches!(self.tensors.get(name), Some(Presented::Assembled(_)))
+    }
+
+    /// All values of a tensor; see [`super::SafetensorsFile::load_f32`].
+    pub fn load_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.load_f32(tensor, shape),
+            Presented::Assembled(assembly) => assembly.load(&self.stored, name, shape),
+        }
+    }
+
+    /// Some rows of a tensor's first axis, such as one expert; see [`super::SafetensorsFile::load_f32_rows`]. Of a stack
+    /// only the bytes of those experts are touched, whatever form it is stored in.
+    pub fn load_f32_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.load_f32_rows(tensor, shape, rows),
+            Presented::Assembled(assembly) => assembly.load_rows(&self.stored, name, shape, rows),
+        }
+    }
+
+    /// Some rows of a tensor's first axis as they are stored, little-endian, with their type; only their bytes are read, and
+    /// the values are not looked at. `None` for a tensor that [is assembled](Self::is_assembled): its values have to be
+    /// loaded.
     ///
     /// # Errors
-    /// No tensor has this name.
-    pub fn raw_bytes(&self, name: &str) -> Result<&[u8]> {
-        self.file(name)?.raw_bytes(name)
+    /// As [`CheckpointReader::load_f32_rows`].
+    pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Option<(Dtype, Vec<u8>)>> {
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.stored_rows(tensor, shape, rows).map(Some),
+            Presented::Assembled(_) => Ok(None),
+        }
     }
 
-    /// All values of a tensor; see [`SafetensorsFile::load_f32`].
-    pub fn load_f32(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.file(name)?.load_f32(name, shape)
+    /// Bytes of tensors that were read since the checkpoint was opened, its fingerprint's among them.
+    pub fn bytes_read(&self) -> u64 {
+        self.stored.files.iter().map(TensorFile::bytes_read).sum()
     }
 
-    /// Some rows of a tensor's first axis, such as one expert; see [`SafetensorsFile::load_f32_rows`].
-    pub fn load_f32_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
-        self.file(name)?.load_f32_rows(name, shape, rows)
-    }
-
-    /// All values of a tensor of integers; see [`SafetensorsFile::load_i64`].
+    /// All values of a tensor of integers; see [`super::SafetensorsFile::load_i64`].
     pub fn load_i64(&self, name: &str) -> Result<Vec<i64>> {
-        self.file(name)?.load_i64(name)
+        match self.presented(name)? {
+            Presented::Stored(tensor) => self.stored.file(tensor)?.load_i64(tensor),
+            Presented::Assembled(assembly) => Err(Error::Tensor {
+                path: self.path().to_path_buf(),
+                tensor: name.into(),
+                problem: format!("has dtype {}, expected integers", assembly.info.dtype),
+                tip: "store it as I64".into(),
+            }),
+        }
     }
 
-    /// Elements of all tensors together.
+    /// Elements of all tensors together; scales are none.
     pub fn parameter_count(&self) -> u64 {
-        self.each().map(|(name, file)| file.info(name).map_or(0, TensorInfo::element_count)).sum()
+        self.names().map(|name| self.info(name).map_or(0, TensorInfo::element_count)).sum()
     }
 
-    /// Bytes of all tensors together, as stored.
+    /// Bytes of all that is stored together, scales included.
     pub fn byte_count(&self) -> u64 {
-        self.each().map(|(name, file)| file.raw_bytes(name).map_or(0, |bytes| bytes.len() as u64)).sum()
+        self.stored_names().map(|name| self.stored.file(name).and_then(|file| file.byte_count(name)).unwrap_or(0)).sum()
     }
 
-    /// BLAKE3, in hexadecimal, of the configuration's meaning and of every tensor's name, type, shape and content.
+    /// BLAKE3, in hexadecimal, of the configuration's meaning and of every stored tensor's name, type, shape and
+    /// content, scales included.
     ///
     /// The same weights have the same fingerprint however they are sharded and however `config.json` is laid out.
     /// Reads the whole checkpoint once, at the speed of the disk or of the memory it is cached in.
@@ -123,60 +153,25 @@ impl CheckpointReader {
         fingerprint::fingerprint(self)
     }
 
-    /// Every tensor with the file it is in, sorted by name.
-    fn each(&self) -> impl Iterator<Item = (&str, &SafetensorsFile)> {
-        self.file_of.iter().map(|(name, &file)| (name.as_str(), &self.files[file]))
+    pub(super) fn stored_config(&self) -> &Value {
+        &self.stored_config
     }
 
-    fn file(&self, name: &str) -> Result<&SafetensorsFile> {
-        let file = self.file_of.get(name).ok_or_else(|| missing_tensor(&self.dir, name, self.names()))?;
-        Ok(&self.files[*file])
+    /// Names of all stored tensors, sorted.
+    pub(super) fn stored_names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.stored.file_of.keys().map(String::as_str)
     }
-}
 
-fn open_shards(dir: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
-    let mut files: Vec<SafetensorsFile> = vec![];
-    let mut opened: BTreeMap<String, usize> = BTreeMap::new();
-    let mut file_of = BTreeMap::new();
-    for (tensor, shard) in index::read(dir)? {
-        let number = match opened.get(&shard) {
-            Some(&number) => number,
-            None => {
-                files.push(read_safetensors(dir.join(&shard))?);
-                opened.insert(shard, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        if !files[number].contains(&tensor) {
-            return Err(Error::Tensor {
-                path: files[number].path().to_path_buf(),
-                tensor,
-                problem: format!("is placed in this shard by {INDEX_FILE}, but is not in it"),
-                tip: "download the shard and the index again".into(),
-            });
-        }
-        file_of.insert(tensor, number);
+    pub(super) fn stored_info(&self, name: &str) -> Result<&TensorInfo> {
+        self.stored.info(name)
     }
-    let held: usize = files.iter().map(|file| file.names().len()).sum();
-    if held > file_of.len() {
-        tracing::warn!(
-            "{}: the shards hold {} tensors that {INDEX_FILE} does not place in them; they are not read",
-            dir.display(),
-            held - file_of.len()
-        );
-    }
-    Ok((files, file_of))
-}
 
-fn no_weights(dir: &Path) -> Error {
-    let pickled = fs::read_dir(dir).into_iter().flatten().flatten().any(|entry| {
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        name.starts_with("pytorch_model") && (name.ends_with(".bin") || name.ends_with(".bin.index.json"))
-    });
-    let problem = format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}");
-    if pickled {
-        return Error::file(dir, problem + ", only pickled weights", "save it again from Python as safetensors");
+    /// Gives all bytes of a stored tensor to `take`, in order, a few MiB at a time.
+    pub(super) fn each_piece(&self, name: &str, take: impl FnMut(&[u8])) -> Result<()> {
+        self.stored.file(name)?.each_piece(name, take)
     }
-    Error::file(dir, problem, "give the path of a checkpoint directory in Hugging Face layout")
+
+    fn presented(&self, name: &str) -> Result<&Presented> {
+        self.tensors.get(name).ok_or_else(|| missing_tensor(self.path(), name, self.names()))
+    }
 }

@@ -71,7 +71,7 @@ pub fn write_safetensors<'a>(
 ) -> Result<()> {
     let path = path.as_ref();
     let mut entries: Vec<&SafetensorsEntry> = entries.iter().collect();
-    entries.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.bits()));
+    entries.sort_by_key(|entry| std::cmp::Reverse(8 * entry.dtype.block_bytes() / entry.dtype.block_elements()));
     let header = header_text(path, &entries, metadata)?;
     durable::write_file(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path))?;
@@ -108,9 +108,9 @@ fn header_text(path: &Path, entries: &[&SafetensorsEntry], metadata: &BTreeMap<S
 fn write_tensor(path: &Path, entry: &SafetensorsEntry, data: &TensorData<'_>, out: &mut impl Write) -> Result<()> {
     let fail = |problem: String| tensor_error(path, &entry.name, problem, "check what is written under this name");
     let (kind, width, count) = match data {
-        TensorData::F32(values) => ("f32 values", entry.dtype.bits(), values.len() as u64),
-        TensorData::I64(values) => ("i64 values", entry.dtype.bits(), values.len() as u64),
-        TensorData::Bytes(bytes) => ("bytes", 8, bytes.len() as u64),
+        TensorData::F32(values) => ("f32 values", entry.dtype.block_bytes(), values.len() as u64),
+        TensorData::I64(values) => ("i64 values", entry.dtype.block_bytes(), values.len() as u64),
+        TensorData::Bytes(bytes) => ("bytes", 1, bytes.len() as u64),
     };
     let matches = match data {
         TensorData::F32(_) => matches!(entry.dtype, Dtype::F32 | Dtype::Bf16 | Dtype::F16),
@@ -120,7 +120,7 @@ fn write_tensor(path: &Path, entry: &SafetensorsEntry, data: &TensorData<'_>, ou
     if !matches {
         return Err(fail(format!("{kind} cannot be stored as {}", entry.dtype)));
     }
-    let expected = entry_bytes(path, entry)? * 8 / width;
+    let expected = entry_bytes(path, entry)? / width;
     if count != expected {
         return Err(fail(format!("shape {:?} needs {expected} {kind}, found {count}", entry.shape)));
     }
@@ -133,6 +133,10 @@ fn write_tensor(path: &Path, entry: &SafetensorsEntry, data: &TensorData<'_>, ou
 }
 
 fn entry_bytes(path: &Path, entry: &SafetensorsEntry) -> Result<u64> {
+    if Dtype::from_name(entry.dtype.name()).is_none() {
+        let problem = format!("{} is a type of GGUF, which safetensors files do not have", entry.dtype);
+        return Err(tensor_error(path, &entry.name, problem, "write it as F32, BF16 or F16"));
+    }
     let shape: Vec<u64> = entry.shape.iter().map(|&size| size as u64).collect();
     byte_count(entry.dtype, &shape).map_err(|problem| tensor_error(path, &entry.name, problem, "check its shape"))
 }

@@ -143,7 +143,7 @@ impl<'a> CheckpointWriter<'a> {
                 .collect();
             let elements = |entry: &SafetensorsEntry| entry.shape.iter().map(|&size| size as u64).product::<u64>();
             let parameters = shards.iter().flatten().map(elements).sum::<u64>();
-            index::write(partial, &shard_of, parameters * dtype.bits() / 8, parameters)?;
+            index::write(partial, &shard_of, parameters * dtype.block_bytes(), parameters)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Attention of one block: projections, rotation, query-key norm, temperature, and the attention itself.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use limbeck_kernels::{
     attention::{Heads, attention},
     rms_norm::{rms_norm, unit_rms},
@@ -10,17 +10,18 @@ use limbeck_kernels::{
 use super::{
     config::{AttentionTemperature, DecoderConfig, LayerConfig, QueryKeyNorm, Span},
     layout::TokenLayout,
-    parameter::{ParameterRef, WeightSource, load},
+    linear::{Linear, Weights},
+    parameter::ParameterRef,
 };
 use crate::error::Result;
 
 /// The weights of one attention block; linear weights are `[out, in]`.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    query: Tensor<2>,
-    key: Tensor<2>,
-    value: Tensor<2>,
-    output: Tensor<2>,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
     /// Query, key and value biases.
     biases: Option<[Tensor<1>; 3]>,
     /// Query and key norm weights.
@@ -38,24 +39,13 @@ struct Settings {
     temperature: Option<AttentionTemperature>,
 }
 
-/// `x W^T`, with `W` as checkpoints store it: `[out, in]`.
-pub(super) fn linear(x: Tensor<2>, weight: &Tensor<2>) -> Tensor<2> {
-    x.matmul(weight.clone().transpose())
-}
-
 impl Attention {
-    pub fn load(
-        config: &DecoderConfig,
-        layer: &LayerConfig,
-        prefix: &str,
-        source: &dyn WeightSource,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn load(config: &DecoderConfig, layer: &LayerConfig, prefix: &str, weights: Weights<'_>) -> Result<Self> {
         let (hidden, heads) = (config.hidden_size, config.heads);
         let (query, key) = (heads.query_heads * heads.head_dim, heads.key_heads * heads.head_dim);
-        let matrix = |part: &str, shape| load(source, &format!("{prefix}{part}_proj.weight"), shape, device);
-        let bias = |part: &str, width| load(source, &format!("{prefix}{part}_proj.bias"), [width], device);
-        let norm = |part: &str| load(source, &format!("{prefix}{part}_norm.weight"), [heads.head_dim], device);
+        let matrix = |part: &str, shape| weights.linear(&format!("{prefix}{part}_proj.weight"), shape);
+        let bias = |part: &str, width| weights.vector(&format!("{prefix}{part}_proj.bias"), width);
+        let norm = |part: &str| weights.vector(&format!("{prefix}{part}_norm.weight"), heads.head_dim);
         let norms = match layer.query_key_norm {
             QueryKeyNorm::WeightedBeforeRotary => Some([norm("q")?, norm("k")?]),
             QueryKeyNorm::None | QueryKeyNorm::UnitAfterRotary => None,
@@ -82,8 +72,8 @@ impl Attention {
     /// - `x` `[N, hidden]`, result `[N, hidden]`
     pub fn forward(&self, x: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
         let settings = &self.settings;
-        let project = |weight: &Tensor<2>, which: usize| {
-            let y = linear(x.clone(), weight);
+        let project = |weight: &Linear, which: usize| {
+            let y = weight.forward(x.clone());
             match &self.biases {
                 Some(biases) => y + biases[which].clone().unsqueeze(),
                 None => y,
@@ -97,7 +87,7 @@ impl Attention {
             None => query,
         };
         let mixed = attention(query, key, value, settings.heads, layout.ranges(settings.span));
-        linear(mixed, &self.output)
+        self.output.forward(mixed)
     }
 
     /// Norm and rotation of queries (`which` 0) or keys (1), in the order the family has them.
@@ -122,8 +112,8 @@ impl Attention {
 
     pub fn visit(&mut self, prefix: &str, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
         let matrices = [("q", &mut self.query), ("k", &mut self.key), ("v", &mut self.value), ("o", &mut self.output)];
-        for (part, tensor) in matrices {
-            visitor(&format!("{prefix}{part}_proj.weight"), ParameterRef::Matrix(tensor));
+        for (part, matrix) in matrices {
+            visitor(&format!("{prefix}{part}_proj.weight"), matrix.parameter());
         }
         for (part, tensor) in ["q", "k", "v"].into_iter().zip(self.biases.iter_mut().flatten()) {
             visitor(&format!("{prefix}{part}_proj.bias"), ParameterRef::Vector(tensor));

@@ -3,14 +3,15 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
-use limbeck_kernels::{gather_rows::gather_rows, rms_norm::rms_norm};
+use limbeck_kernels::rms_norm::rms_norm;
 
 use super::{
-    attention::{Attention, linear},
+    attention::Attention,
     config::DecoderConfig,
     feed_forward::{FeedForward, Routing},
     layout::TokenLayout,
-    parameter::{CheckpointWeights, ParameterRef, WeightSource, load},
+    linear::{Linear, Weights},
+    parameter::{CheckpointWeights, ParameterRef, WeightSource},
     read_config,
 };
 use crate::{checkpoint::CheckpointReader, error::Result};
@@ -19,11 +20,11 @@ use crate::{checkpoint::CheckpointReader, error::Result};
 #[derive(Debug, Clone)]
 pub struct Decoder {
     pub config: DecoderConfig,
-    embedding: Tensor<2>,
+    embedding: Linear,
     layers: Vec<Layer>,
     final_norm: Tensor<1>,
     /// `None` when tied to the embedding.
-    head: Option<Tensor<2>>,
+    head: Option<Linear>,
 }
 
 /// One transformer block.
@@ -46,16 +47,30 @@ pub struct LayerOutput {
 }
 
 impl Layer {
-    /// Loads block `index` alone.
+    /// Loads block `index` alone. A tracked device makes its weights trainable.
     pub fn load(config: &DecoderConfig, index: usize, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+        Self::load_as(config, index, Weights::tensors(source, device))
+    }
+
+    /// Loads block `index` alone, never to be trained; see [`Decoder::load_for_inference`].
+    pub fn load_for_inference(
+        config: &DecoderConfig,
+        index: usize,
+        source: &dyn WeightSource,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::load_as(config, index, Weights::for_inference(source, device))
+    }
+
+    fn load_as(config: &DecoderConfig, index: usize, weights: Weights<'_>) -> Result<Self> {
         let prefix = layer_prefix(index);
         let layer = &config.layers[index];
-        let norm = |name: &str| load(source, &format!("{prefix}{name}.weight"), [config.hidden_size], device);
+        let norm = |name: &str| weights.vector(&format!("{prefix}{name}.weight"), config.hidden_size);
         Ok(Layer {
             input_norm: norm("input_layernorm")?,
-            attention: Attention::load(config, layer, &format!("{prefix}self_attn."), source, device)?,
+            attention: Attention::load(config, layer, &format!("{prefix}self_attn."), weights)?,
             post_attention_norm: norm("post_attention_layernorm")?,
-            feed_forward: FeedForward::load(config, &layer.feed_forward, &prefix, source, device)?,
+            feed_forward: FeedForward::load(config, &layer.feed_forward, &prefix, weights)?,
             eps: config.rms_norm_eps,
         })
     }
@@ -71,28 +86,48 @@ impl Layer {
     }
 }
 
+fn open_checkpoint(path: &Path) -> Result<(CheckpointReader, DecoderConfig)> {
+    let reader = CheckpointReader::open(path)?;
+    let config = read_config(reader.config_path(), reader.config())?;
+    Ok((reader, config))
+}
+
 fn layer_prefix(index: usize) -> String {
     format!("model.layers.{index}.")
 }
 
 impl Decoder {
-    /// Opens a checkpoint directory with all its weights. A tracked device makes the weights trainable.
-    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let reader = CheckpointReader::open(dir)?;
-        let config = read_config(&dir.join("config.json"), reader.config())?;
+    /// Opens a checkpoint with all its weights. A tracked device makes the weights trainable.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        let (reader, config) = open_checkpoint(path)?;
         Self::load(config, &CheckpointWeights::new(&reader), device)
+    }
+
+    /// Opens a checkpoint directory, never to be trained; see [`Decoder::load_for_inference`].
+    pub fn open_for_inference(dir: &Path, device: &Device) -> Result<Self> {
+        let (reader, config) = open_checkpoint(dir)?;
+        Self::load_for_inference(config, &CheckpointWeights::new(&reader), device)
     }
 
     /// Loads all weights from a source.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+        Self::load_as(config, Weights::tensors(source, device))
+    }
+
+    /// Loads all weights to be run and never trained. On the processor they are packed: what a sequence comes to does
+    /// then not depend on those it is run with, and weights that bfloat16 holds exactly take two bytes.
+    pub fn load_for_inference(config: DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+        Self::load_as(config, Weights::for_inference(source, device))
+    }
+
+    fn load_as(config: DecoderConfig, weights: Weights<'_>) -> Result<Self> {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = load(source, "model.embed_tokens.weight", [vocab, hidden], device)?;
-        let layers =
-            (0..config.layers.len()).map(|i| Layer::load(&config, i, source, device)).collect::<Result<Vec<_>>>()?;
-        let final_norm = load(source, "model.norm.weight", [hidden], device)?;
+        let embedding = weights.linear("model.embed_tokens.weight", [vocab, hidden])?;
+        let layers = (0..config.layers.len()).map(|i| Layer::load_as(&config, i, weights)).collect::<Result<_>>()?;
+        let final_norm = weights.vector("model.norm.weight", hidden)?;
         let head = match config.tied {
             true => None,
-            false => Some(load(source, "lm_head.weight", [vocab, hidden], device)?),
+            false => Some(weights.linear("lm_head.weight", [vocab, hidden])?),
         };
         Ok(Decoder { config, embedding, layers, final_norm, head })
     }
@@ -104,7 +139,7 @@ impl Decoder {
     /// # Shapes
     /// - result `[N, hidden]`
     pub fn embed(&self, layout: &TokenLayout) -> Tensor<2> {
-        gather_rows(self.embedding.clone(), layout.ids.clone())
+        self.embedding.rows(&layout.ids)
     }
 
     pub fn layer(&self, index: usize, hidden: Tensor<2>, layout: &TokenLayout) -> LayerOutput {
@@ -115,10 +150,16 @@ impl Decoder {
         rms_norm(hidden, self.final_norm.clone(), self.config.rms_norm_eps)
     }
 
+    fn head(&self) -> &Linear {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The head's weights; a copy of them when they are packed.
+    ///
     /// # Shapes
     /// - result `[V, hidden]`
     pub fn lm_head(&self) -> Tensor<2> {
-        self.head.clone().unwrap_or_else(|| self.embedding.clone())
+        self.head().tensor()
     }
 
     /// All blocks and the final norm: what the head multiplies, and the routing of each block with experts.
@@ -139,13 +180,16 @@ impl Decoder {
     /// # Shapes
     /// - `hidden` `[N, hidden]` after the final norm, result `[N, V]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        linear(hidden, &self.lm_head())
+        self.head().forward(hidden)
     }
 
     /// Every weight under its checkpoint name, in a fixed order.
+    ///
+    /// # Panics
+    /// When the model was loaded for inference and its weights are packed.
     pub fn visit(&mut self, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
         let names = self.config.names;
-        visitor("model.embed_tokens.weight", ParameterRef::Matrix(&mut self.embedding));
+        visitor("model.embed_tokens.weight", self.embedding.parameter());
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let prefix = layer_prefix(index);
             visitor(&format!("{prefix}input_layernorm.weight"), ParameterRef::Vector(&mut layer.input_norm));
@@ -156,11 +200,14 @@ impl Decoder {
         }
         visitor("model.norm.weight", ParameterRef::Vector(&mut self.final_norm));
         if let Some(head) = &mut self.head {
-            visitor("lm_head.weight", ParameterRef::Matrix(head));
+            visitor("lm_head.weight", head.parameter());
         }
     }
 
     /// The same weights outside any graph, for evaluation; shares their memory.
+    ///
+    /// # Panics
+    /// As [`Decoder::visit`].
     pub fn frozen(&self) -> Self {
         let mut copy = self.clone();
         copy.visit(&mut |_, mut parameter| {

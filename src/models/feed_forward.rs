@@ -4,17 +4,16 @@
 
 use std::sync::Arc;
 
-use burn::tensor::{Device, Int, Tensor, TensorData, activation::sigmoid};
+use burn::tensor::{Int, Tensor, TensorData, activation::sigmoid};
 use limbeck_kernels::{
     gather_rows::gather_rows,
-    grouped_matmul::grouped_matmul,
     swiglu::{gated_silu, swiglu},
 };
 
 use super::{
-    attention::linear,
     config::{DecoderConfig, FeedForwardConfig, Names},
-    parameter::{ParameterRef, WeightSource, load},
+    linear::{Linear, Stack, Weights},
+    parameter::ParameterRef,
 };
 use crate::error::Result;
 
@@ -27,18 +26,18 @@ pub enum FeedForward {
 /// `down(silu(gate x) * up x)`; weights `[out, in]`.
 #[derive(Debug, Clone)]
 pub struct Mlp {
-    gate: Tensor<2>,
-    up: Tensor<2>,
-    down: Tensor<2>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
 }
 
 #[derive(Debug, Clone)]
 pub struct Experts {
-    router: Tensor<2>,
+    router: Linear,
     /// `[experts, hidden, 2 * width]`, gate half first, input-major as checkpoints store it.
-    gate_up: Tensor<3>,
+    gate_up: Stack,
     /// `[experts, width, hidden]`
-    down: Tensor<3>,
+    down: Stack,
     shared: Mlp,
     chosen: usize,
 }
@@ -66,29 +65,18 @@ impl Routing {
 }
 
 impl FeedForward {
-    pub fn load(
-        config: &DecoderConfig,
-        layer: &FeedForwardConfig,
-        prefix: &str,
-        source: &dyn WeightSource,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn load(config: &DecoderConfig, layer: &FeedForwardConfig, prefix: &str, weights: Weights<'_>) -> Result<Self> {
         let hidden = config.hidden_size;
         let block = format!("{prefix}{}", block_name(config.names));
         match *layer {
             FeedForwardConfig::Dense { width } => {
-                Ok(FeedForward::Dense(Box::new(Mlp::load(hidden, width, &block, source, device)?)))
+                Ok(FeedForward::Dense(Box::new(Mlp::load(hidden, width, &block, weights)?)))
             }
             FeedForwardConfig::Experts { width, expert_count, chosen } => Ok(FeedForward::Experts(Box::new(Experts {
-                router: load(source, &format!("{block}router.weight"), [expert_count, hidden], device)?,
-                gate_up: load(
-                    source,
-                    &format!("{block}experts.gate_up_proj"),
-                    [expert_count, hidden, 2 * width],
-                    device,
-                )?,
-                down: load(source, &format!("{block}experts.down_proj"), [expert_count, width, hidden], device)?,
-                shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), source, device)?,
+                router: weights.linear(&format!("{block}router.weight"), [expert_count, hidden])?,
+                gate_up: weights.stack(&format!("{block}experts.gate_up_proj"), [expert_count, hidden, 2 * width])?,
+                down: weights.stack(&format!("{block}experts.down_proj"), [expert_count, width, hidden])?,
+                shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), weights)?,
                 chosen,
             }))),
         }
@@ -111,16 +99,16 @@ impl FeedForward {
         match self {
             FeedForward::Dense(mlp) => mlp.visit(&block, visitor),
             FeedForward::Experts(experts) => {
-                visitor(&format!("{block}router.weight"), ParameterRef::Matrix(&mut experts.router));
-                visitor(&format!("{block}experts.gate_up_proj"), ParameterRef::Stack(&mut experts.gate_up));
-                visitor(&format!("{block}experts.down_proj"), ParameterRef::Stack(&mut experts.down));
+                visitor(&format!("{block}router.weight"), experts.router.parameter());
+                visitor(&format!("{block}experts.gate_up_proj"), experts.gate_up.parameter());
+                visitor(&format!("{block}experts.down_proj"), experts.down.parameter());
                 experts.shared.visit(&format!("{block}shared_expert."), visitor);
             }
         }
     }
 }
 
-fn block_name(names: Names) -> &'static str {
+pub(super) fn block_name(names: Names) -> &'static str {
     match names {
         Names::Llama4 => "feed_forward.",
         Names::Llama => "mlp.",
@@ -128,8 +116,8 @@ fn block_name(names: Names) -> &'static str {
 }
 
 impl Mlp {
-    fn load(hidden: usize, width: usize, prefix: &str, source: &dyn WeightSource, device: &Device) -> Result<Self> {
-        let matrix = |part: &str, shape| load(source, &format!("{prefix}{part}_proj.weight"), shape, device);
+    pub(super) fn load(hidden: usize, width: usize, prefix: &str, weights: Weights<'_>) -> Result<Self> {
+        let matrix = |part: &str, shape| weights.linear(&format!("{prefix}{part}_proj.weight"), shape);
         Ok(Mlp {
             gate: matrix("gate", [width, hidden])?,
             up: matrix("up", [width, hidden])?,
@@ -137,13 +125,13 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        linear(gated_silu(linear(x.clone(), &self.gate), linear(x, &self.up)), &self.down)
+    pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.down.forward(gated_silu(self.gate.forward(x.clone()), self.up.forward(x)))
     }
 
     fn visit(&mut self, prefix: &str, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {
-        for (part, tensor) in [("gate", &mut self.gate), ("up", &mut self.up), ("down", &mut self.down)] {
-            visitor(&format!("{prefix}{part}_proj.weight"), ParameterRef::Matrix(tensor));
+        for (part, matrix) in [("gate", &mut self.gate), ("up", &mut self.up), ("down", &mut self.down)] {
+            visitor(&format!("{prefix}{part}_proj.weight"), matrix.parameter());
         }
     }
 }
@@ -151,7 +139,7 @@ impl Mlp {
 impl Experts {
     fn forward(&self, x: Tensor<2>) -> (Tensor<2>, Routing) {
         let [tokens, hidden] = x.dims();
-        let logits = linear(x.clone(), &self.router);
+        let logits = self.router.forward(x.clone());
         let chosen = choose(&logits, self.chosen);
         let expert_count = logits.dims()[1];
 
@@ -170,25 +158,47 @@ impl Experts {
             place[assignment] = at as u32;
         }
 
-        let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, self.chosen]), &logits.device());
-        let scores = sigmoid(logits.clone()).gather(1, ids).reshape([tokens * self.chosen, 1]);
-        let scores = gather_rows(scores, Arc::new(sorted));
+        let scores = gather_rows(scores(&logits, &chosen, self.chosen), Arc::new(sorted));
         let input = gather_rows(x.clone(), Arc::new(sorted_tokens)) * scores;
         let offsets = Arc::new(offsets);
-        let inner = swiglu(grouped_matmul(input, self.gate_up.clone(), offsets.clone()));
-        let output = gather_rows(grouped_matmul(inner, self.down.clone(), offsets), Arc::new(place));
-        let routed = if self.chosen == 1 {
-            output
-        } else {
-            output.reshape([tokens, self.chosen, hidden]).sum_dim(1).reshape([tokens, hidden])
-        };
-        (self.shared.forward(x) + routed, Routing { logits, experts: chosen })
+        let inner = swiglu(self.gate_up.forward(input, offsets.clone()));
+        let place = by_expert(&chosen, place, self.chosen);
+        let output = gather_rows(self.down.forward(inner, offsets), Arc::new(place));
+        // One after the other and by the experts' numbers: an order that does not depend on who computes which expert
+        // when, and that whoever has one expert in memory at a time can keep.
+        let output = output.reshape([tokens, self.chosen, hidden]);
+        let update = (0..self.chosen).fold(self.shared.forward(x), |update, choice| {
+            update + output.clone().narrow(1, choice, 1).reshape([tokens, hidden])
+        });
+        (update, Routing { logits, experts: chosen })
     }
 }
 
+/// What each choice multiplies its expert's input by: the sigmoid of its logit.
+///
+/// # Shapes
+/// - `logits` `[N, experts]`, `chosen` `[N, k]` row-major, result `[N * k, 1]`
+pub(super) fn scores(logits: &Tensor<2>, chosen: &[u32], k: usize) -> Tensor<2> {
+    let tokens = logits.dims()[0];
+    let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, k]), &logits.device());
+    sigmoid(logits.clone()).gather(1, ids).reshape([tokens * k, 1])
+}
+
+/// Each token's places in the order of the numbers of the experts it chose, rather than of their logits.
+fn by_expert(chosen: &[u32], mut place: Vec<u32>, k: usize) -> Vec<u32> {
+    if k > 1 {
+        for (places, chosen) in place.chunks_mut(k).zip(chosen.chunks(k)) {
+            let mut pairs: Vec<(u32, u32)> = chosen.iter().copied().zip(places.iter().copied()).collect();
+            pairs.sort_unstable();
+            places.iter_mut().zip(pairs).for_each(|(place, (_, at))| *place = at);
+        }
+    }
+    place
+}
+
 /// The `k` largest logits of each row; of equal ones the smaller expert number.
-fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
+pub(super) fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
     let [_, experts] = logits.dims();
     let values = logits.clone().detach().into_data().try_into_vec::<f32>().expect("router logits are f32");
     let mut chosen = Vec::with_capacity(values.len() / experts * k);

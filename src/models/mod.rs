@@ -7,18 +7,22 @@
 pub mod attention;
 pub mod config;
 pub mod decoder;
+pub mod ends;
 pub mod feed_forward;
 pub mod generate;
 pub mod layout;
+pub mod linear;
 pub mod llama;
 pub mod llama4;
 pub mod parameter;
 pub mod rope;
+pub mod routed;
 
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, Layer, LayerOutput};
 pub use layout::TokenLayout;
 pub use parameter::{ParameterRef, RandomWeights, WeightSource};
+pub use routed::{Choices, Expert, RoutedLayer};
 
 use std::path::Path;
 

@@ -1,14 +1,45 @@
 //! Where weights come from and how the trainer reaches them, by the names they have in checkpoints.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
+use limbeck_kernels::packed_matmul::{Element, Order, PackedMatrix};
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
-use crate::{checkpoint::CheckpointReader, error::Result};
+use crate::{
+    checkpoint::{CheckpointReader, Dtype},
+    error::Result,
+};
 
-/// Gives weights by name. Shapes are checked by the source.
-pub trait WeightSource {
+/// Gives weights by name, to any number of threads. Shapes are checked by the source.
+pub trait WeightSource: Sync {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>>;
+
+    /// Some rows of the first axis of a tensor, whose shape is that of the whole.
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// The same numbers as of [`load_rows`](Self::load_rows), if possible as they are stored.
+    fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
+        self.load_rows(name, shape, rows).map(Stored::Values)
+    }
+}
+
+/// The numbers of a tensor, or of some of its rows.
+pub enum Stored {
+    /// Little-endian, in their stored type.
+    Bytes(Vec<u8>, Element),
+    Values(Vec<f32>),
+}
+
+impl Stored {
+    /// A matrix of these numbers, to multiply by.
+    pub fn pack(&self, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+        match self {
+            Stored::Bytes(bytes, element) => PackedMatrix::pack(bytes, *element, order, inputs, outputs),
+            Stored::Values(values) => PackedMatrix::pack_f32(values, order, inputs, outputs),
+        }
+    }
 }
 
 /// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
@@ -28,6 +59,28 @@ impl<'a> CheckpointWeights<'a> {
 impl WeightSource for CheckpointWeights<'_> {
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.reader.load_f32(&format!("{}{name}", self.prefix), shape)
+    }
+
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        self.reader.load_f32_rows(&format!("{}{name}", self.prefix), shape, rows)
+    }
+
+    fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
+        let full_name = format!("{}{name}", self.prefix);
+        let element = match self.reader.info(&full_name)?.dtype {
+            Dtype::F32 => Some(Element::F32),
+            Dtype::Bf16 => Some(Element::Bf16),
+            Dtype::F16 => Some(Element::F16),
+            _ => None,
+        };
+        if let Some(element) = element
+            && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone())?
+            && element.all_finite(&bytes)
+        {
+            return Ok(Stored::Bytes(bytes, element));
+        }
+        // Other types and forms are converted, and what is wrong is said, by the one reader of values.
+        self.load_rows(name, shape, rows).map(Stored::Values)
     }
 }
 
@@ -54,6 +107,11 @@ impl WeightSource for RandomWeights {
         let normal = Normal::new(0.0, self.std).expect("a standard deviation is finite and not negative");
         Ok((0..count).map(|_| normal.sample(&mut generator) as f32).collect())
     }
+
+    fn load_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Vec<f32>> {
+        let width: usize = shape[1..].iter().product();
+        Ok(self.load(name, shape)?[rows.start * width..rows.end * width].to_vec())
+    }
 }
 
 /// Loads one tensor onto a device, tracked when the device records gradients.
@@ -64,6 +122,20 @@ pub fn load<const D: usize>(
     device: &Device,
 ) -> Result<Tensor<D>> {
     let values = source.load(name, &shape)?;
+    let tensor = Tensor::from_data(TensorData::new(values, shape), &device.clone().inner());
+    Ok(track(tensor, device.is_autodiff()))
+}
+
+/// Loads some rows of the first axis of a tensor, as [`load`] does; `shape` is that of the whole.
+pub fn load_rows<const D: usize>(
+    source: &dyn WeightSource,
+    name: &str,
+    mut shape: [usize; D],
+    rows: Range<usize>,
+    device: &Device,
+) -> Result<Tensor<D>> {
+    let values = source.load_rows(name, &shape, rows.clone())?;
+    shape[0] = rows.len();
     let tensor = Tensor::from_data(TensorData::new(values, shape), &device.clone().inner());
     Ok(track(tensor, device.is_autodiff()))
 }

@@ -152,9 +152,18 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
     }
     match &recipe.teacher {
         Some(teacher) => {
-            if teacher.mode == TeacherMode::Streamed {
-                let problem = "is `streamed`, which this version cannot do";
-                return Err(recipe.error("teacher.mode", problem, "use `resident` or `remote`"));
+            let streamed_only = [
+                ("memory", teacher.memory, teacher.memory.is_some()),
+                ("sweep_tokens", teacher.sweep_tokens, teacher.sweep_tokens.is_some()),
+                ("spill", None, teacher.spill.is_some()),
+            ];
+            for (name, value, given) in streamed_only {
+                let key = format!("teacher.{name}");
+                if given && teacher.mode != TeacherMode::Streamed {
+                    let problem = "is for a teacher that is streamed, and this one is not";
+                    return Err(recipe.error(&key, problem, "remove it, or use teacher.mode = \"streamed\""));
+                }
+                recipe.positive(&key, value.unwrap_or(1))?;
             }
             remote_teacher::check(recipe, teacher)?;
             if teacher.dtype == Dtype::Bf16 {

@@ -19,6 +19,7 @@ use super::schema::Recipe;
 use crate::cache::is_url;
 use crate::data::HeldOut;
 use crate::error::{Error, Result};
+use crate::hub::is_hub;
 
 /// Where the keys of a recipe were written.
 #[derive(Debug, Clone, Default)]
@@ -152,7 +153,7 @@ impl Recipe {
 }
 
 fn absolute(folder: &Path, path: &Path) -> PathBuf {
-    if is_url(path) {
+    if is_url(path) || is_hub(path) {
         return path.to_path_buf();
     }
     let mut result = folder.to_path_buf();

@@ -10,6 +10,7 @@ mod check;
 mod divergence_key;
 mod keys;
 mod load;
+mod memory_key;
 mod plan;
 mod remote_teacher;
 mod schema;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::schema::{Dtype, Recipe};
+use super::schema::{Dtype, Recipe, TeacherMode};
 use crate::cache::Codec;
 use crate::data::HeldOut;
 use crate::error::Result;
@@ -354,6 +354,10 @@ impl fmt::Display for Plan {
                 if let Some(size) = &self.teacher {
                     line("", size.to_string())?;
                 }
+                if teacher.mode == TeacherMode::Streamed {
+                    let memory = teacher.memory.map_or("three quarters of what is free".into(), short_bytes);
+                    line("", format!("streamed, a layer at a time, in {memory} of memory"))?;
+                }
                 let (selection, temperatures) = (recipe.cache.selection(), &recipe.cache.temperatures);
                 line("soft target", format!("{}, at temperature {temperatures:?}", selection.summary()))?;
                 let bytes = self.cache_bytes as f64 / (self.sequences.get() * seq_len as u64).max(1) as f64;
@@ -402,7 +406,9 @@ impl fmt::Display for Plan {
                 parts.iter().map(|(name, bytes)| format!("{name} {}", short_bytes(*bytes))).collect();
             line("memory", format!("about {} in training ({})", short_bytes(memory.training()), parts.join(", ")))?;
             if memory.teacher_weights > 0 {
-                line("", format!("{} for the teacher's weights, before that", short_bytes(memory.teacher_weights)))?;
+                let streamed = recipe.teacher.as_ref().is_some_and(|teacher| teacher.mode == TeacherMode::Streamed);
+                let when = if streamed { "read for every sweep" } else { "before that" };
+                line("", format!("{} for the teacher's weights, {when}", short_bytes(memory.teacher_weights)))?;
             }
         }
         for warning in &self.warnings {

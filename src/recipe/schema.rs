@@ -15,6 +15,7 @@ use crate::loss::{Divergence, Tail, Weighting};
 use crate::schedule::{LearningRate, Schedule};
 use crate::selection::Selection;
 use crate::targets::TargetKind;
+use crate::teacher::Spill;
 
 /// A whole recipe, with its defaults filled in and its paths absolute.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -71,10 +72,10 @@ pub struct DataSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherSection {
-    /// A Hugging Face model directory: config.json, safetensors, tokenizer.json. Empty with `remote`.
+    /// A model directory, a GGUF file or a model on the hub. Empty with `remote`.
     #[serde(default, skip_serializing_if = "path_is_empty")]
     pub checkpoint: PathBuf,
-    /// How the teacher is run. Default `resident`, the one mode of this version.
+    /// How the teacher is run: `resident`, or `streamed` where it is larger than memory. Default `resident`.
     #[serde(default)]
     pub mode: TeacherMode,
     /// The type its weights are computed in. Default `f32`.
@@ -83,6 +84,15 @@ pub struct TeacherSection {
     /// Tokens in one forward pass; at least one whole sequence is always run. Default 4096.
     #[serde(default = "teacher_batch_tokens", deserialize_with = "deserialize_count")]
     pub batch_tokens: u64,
+    /// For `streamed`: memory of the whole program, as `"2GiB"`. Default: three quarters of what is free.
+    #[serde(default, with = "super::memory_key", skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    /// For `streamed`: most tokens that pass a layer before the next is read. Default: what the memory allows.
+    #[serde(default, deserialize_with = "deserialize_optional_count", skip_serializing_if = "Option::is_none")]
+    pub sweep_tokens: Option<u64>,
+    /// For `streamed`: whether hidden states that do not fit into memory go to a file in the run directory. Default `auto`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spill: Option<Spill>,
     /// For `remote`: the server's address, or several that share the work, as `"http://host:8000/v1"`.
     #[serde(default, deserialize_with = "super::url_key::deserialize", skip_serializing_if = "Vec::is_empty")]
     pub url: Vec<String>,
@@ -113,7 +123,7 @@ pub enum TeacherMode {
     /// All layers in memory.
     #[default]
     Resident,
-    /// One layer in memory at a time.
+    /// One layer after the other, each over many tokens.
     Streamed,
     /// Behind a server.
     Remote,

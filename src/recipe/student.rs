@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::schema::{Recipe, Shape, ShapeName};
 use crate::{
-    checkpoint::CheckpointReader,
+    checkpoint::read_configuration,
     error::Result,
     models::{DecoderConfig, llama4::shapes, read_config},
     tokenizer::Tokenizer,
@@ -18,8 +18,8 @@ impl Recipe {
     pub fn student_config(&self, tokenizer: &Tokenizer) -> Result<DecoderConfig> {
         match (&self.student.checkpoint, &self.student.shape) {
             (Some(checkpoint), _) => {
-                let reader = CheckpointReader::open(checkpoint)?;
-                read_config(&checkpoint.join("config.json"), reader.config())
+                let (path, config) = read_configuration(checkpoint)?;
+                read_config(&path, &config)
             }
             (None, Some(shape)) => shape.decoder(self, tokenizer),
             (None, None) => unreachable!("a checked recipe has a shape or a checkpoint"),

@@ -177,29 +177,28 @@ impl RemoteTeacher {
 
     /// The targets of each sequence, in their order, captured at temperature 1; `None` when `stop` was set meanwhile.
     ///
-    /// `first_sequence` is the number of the first of them in the whole data set, for messages. What comes does not
-    /// depend on the number of connections, nor on which server answered, as far as servers agree.
+    /// Each comes with its number in the whole data set, for messages. What comes does not depend on the number of
+    /// connections, nor on which server answered, as far as servers agree.
     ///
     /// # Errors
     /// [`Error::Server`] for a server that stays away, refuses, or gives what is no answer.
     pub fn targets(
         &self,
-        sequences: &[PackedSequence],
-        first_sequence: u64,
+        sequences: &[(u64, &PackedSequence)],
         stop: &AtomicBool,
     ) -> Result<Option<Vec<SparseTargets>>> {
-        if let Some(sequence) = sequences.iter().find(|sequence| sequence.tokens.len() > self.longest) {
+        if let Some((_, sequence)) = sequences.iter().find(|(_, sequence)| sequence.tokens.len() > self.longest) {
             let problem =
                 format!("a sequence has {} tokens, more than the {} said", sequence.tokens.len(), self.longest);
             return Err(Error::usage(problem, "connect for sequences as long as they are"));
         }
         if let Some(id) =
-            sequences.iter().flat_map(|sequence| &sequence.tokens).find(|&&id| id as usize >= self.vocab_size)
+            sequences.iter().flat_map(|(_, sequence)| &sequence.tokens).find(|&&id| id as usize >= self.vocab_size)
         {
             let problem = format!("the data has token id {id}, and the vocabulary has {} ids", self.vocab_size);
             return Err(Error::usage(problem, "tokenize the data with the teacher's own tokenizer"));
         }
-        let requests = requests(sequences, first_sequence, self.work.config.request_tokens);
+        let requests = requests(sequences, self.work.config.request_tokens);
         let rows = work::run(&self.work, requests, &self.selection, self.vocab_size, stop)?;
         Ok(rows.map(|rows| targets(sequences, rows)))
     }

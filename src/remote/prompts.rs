@@ -19,10 +19,10 @@ pub(super) struct Prompt {
 
 /// Cuts sequences into requests of at least one prompt and at most about `tokens` tokens, in the order of the text.
 /// Documents of one token predict nothing, and are not sent.
-pub(super) fn requests(sequences: &[PackedSequence], first_sequence: u64, tokens: u64) -> Vec<Vec<Prompt>> {
+pub(super) fn requests(sequences: &[(u64, &PackedSequence)], tokens: u64) -> Vec<Vec<Prompt>> {
     let mut requests: Vec<Vec<Prompt>> = vec![];
     let mut room = 0;
-    for (number, sequence) in sequences.iter().enumerate() {
+    for (number, sequence) in sequences {
         let mut start = 0;
         for document in sequence.segments.chunk_by(|left, right| left == right) {
             let (from, end) = (start, start + document.len());
@@ -36,11 +36,7 @@ pub(super) fn requests(sequences: &[PackedSequence], first_sequence: u64, tokens
                 room = tokens;
             }
             room = room.saturating_sub(length);
-            let prompt = Prompt {
-                tokens: sequence.tokens[from..end].to_vec(),
-                sequence: first_sequence + number as u64,
-                start: from,
-            };
+            let prompt = Prompt { tokens: sequence.tokens[from..end].to_vec(), sequence: *number, start: from };
             requests.last_mut().expect("just made").push(prompt);
         }
     }
@@ -48,9 +44,9 @@ pub(super) fn requests(sequences: &[PackedSequence], first_sequence: u64, tokens
 }
 
 /// The rows of all prompts, one after the other, as the targets of the sequences that they were cut from.
-pub(super) fn targets(sequences: &[PackedSequence], rows: Vec<CompleteRow>) -> Vec<SparseTargets> {
+pub(super) fn targets(sequences: &[(u64, &PackedSequence)], rows: Vec<CompleteRow>) -> Vec<SparseTargets> {
     let mut rows = rows.into_iter();
-    let targets = sequences.iter().map(|sequence| {
+    let targets = sequences.iter().map(|(_, sequence)| {
         let mut capture = Capture { temperature: 1.0, log_probs: vec![], log_tail: vec![], label_log_prob: vec![] };
         let (mut offsets, mut ids) = (vec![0], vec![]);
         for place in 0..sequence.seq_len() {
@@ -80,8 +76,9 @@ mod tests {
             tokens: vec![5, 6, 7, 8, 9, 10, 11, 0],
             segments: vec![0, 0, 0, 1, 2, 2, PADDING, PADDING],
         };
-        let sequences = [sequence.clone(), PackedSequence { segments: vec![0; 8], ..sequence }];
-        let cut = requests(&sequences, 40, 5);
+        let other = PackedSequence { segments: vec![0; 8], ..sequence.clone() };
+        let sequences = [(40, &sequence), (41, &other)];
+        let cut = requests(&sequences, 5);
         let parts: Vec<Vec<(u64, usize, usize)>> = cut
             .iter()
             .map(|request| request.iter().map(|prompt| (prompt.sequence, prompt.start, prompt.tokens.len())).collect())

@@ -13,7 +13,7 @@ fn a_missing_file_or_directory_is_named() {
     assert_eq!(message(read_safetensors(&path), &path), "does not exist; check the path, or download it");
     assert_eq!(
         message(CheckpointReader::open(&path), &path),
-        "does not exist; give the path of a checkpoint directory in Hugging Face layout"
+        "does not exist; give the path of a checkpoint directory in Hugging Face layout, or of a .gguf file"
     );
     assert_eq!(
         message(read_safetensors(dir.path()), dir.path()),
@@ -23,7 +23,7 @@ fn a_missing_file_or_directory_is_named() {
     assert_eq!(
         message(CheckpointReader::open(dir.path()), dir.path()),
         "holds neither model.safetensors nor model.safetensors.index.json; \
-         give the path of a checkpoint directory in Hugging Face layout"
+         give the path of a checkpoint directory in Hugging Face layout, or of a .gguf file"
     );
     fs::write(dir.path().join("pytorch_model.bin"), "").unwrap();
     assert!(message(CheckpointReader::open(dir.path()), dir.path()).contains("only pickled weights; save it again"));

@@ -1,0 +1,90 @@
+//! Rows times packed weights, where a row's result does not depend on the rows beside it.
+//!
+//! Every element of the result is one fixed sequence of operations: blocks of [`K_BLOCK`] products, each a chain of
+//! fused multiply-adds from zero in the order of k, added up in their order. Instruction sets, numbers of threads and
+//! numbers of rows decide who computes an element, and when, but not how. So they give equal bits, which the crate
+//! `gemm` does not promise: it cuts its sums by the shape of the whole product.
+//!
+//! Weights are laid out once, for this and nothing else: panels of [`PANEL`] output columns, inside of which all
+//! columns of one k lie together. Those that are exact in bfloat16 take two bytes each; widening them is exact.
+
+mod host;
+mod instructions;
+mod pack;
+mod tiles;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+
+pub use host::{grouped, linear, rows};
+pub use instructions::Instructions;
+pub use pack::{Element, Order};
+pub use tiles::{K_BLOCK, PANEL};
+
+use tiles::Line;
+
+/// The weights of one linear map, laid out for [`multiply`].
+#[derive(Debug, Clone)]
+pub struct PackedMatrix {
+    inputs: usize,
+    outputs: usize,
+    panels: Panels,
+}
+
+/// Panels one after the other. The last one's missing columns are zeros.
+#[derive(Debug, Clone)]
+enum Panels {
+    /// A line for each k.
+    F32(Vec<Line<f32>>),
+    /// A line for two k.
+    Bf16(Vec<Line<u32>>),
+}
+
+impl PackedMatrix {
+    /// Values of a row that is multiplied.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Values of a row of the result.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Whether the weights take two bytes each.
+    pub fn is_bf16(&self) -> bool {
+        matches!(self.panels, Panels::Bf16(_))
+    }
+
+    /// Bytes of memory that the weights take.
+    pub fn bytes(&self) -> u64 {
+        (match &self.panels {
+            Panels::F32(lines) => size_of_val(lines.as_slice()),
+            Panels::Bf16(lines) => size_of_val(lines.as_slice()),
+        }) as u64
+    }
+}
+
+/// Multiplies each row by the weights: `output[n][o]` is the sum over k of `rows[n][k] * weights[o][k]`.
+///
+/// # Shapes
+/// - `rows` `[N, inputs]`, `output` `[N, outputs]`, both row-major
+///
+/// # Panics
+/// When the slices do not have these shapes for the same N.
+pub fn multiply(rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
+    multiply_with(Instructions::best(), rows, weights, output);
+}
+
+/// [`multiply`] by a given instruction set; they all give the same bits.
+pub fn multiply_with(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
+    let row_count = rows.len() / weights.inputs;
+    assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
+    assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
+    if row_count > 0 {
+        tiles::multiply(instructions, rows, weights, output);
+    }
+}

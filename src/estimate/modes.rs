@@ -1,0 +1,203 @@
+//! The ways of running a teacher, each with its memory, its time and why it does not fit.
+
+use super::hardware::Hardware;
+use super::work::{TeacherWork, WeightType};
+
+/// Share of a device's memory that may be planned with; the rest is the driver's, the allocator's and the unforeseen.
+const USABLE: f64 = 0.92;
+/// Rows of logits in f32 at once.
+const HEAD_ROWS: f64 = 256.0;
+/// Hidden states are kept in f32.
+const STATE_BYTES: f64 = 4.0;
+/// Activations are sent between devices in bf16.
+const SENT_BYTES: f64 = 2.0;
+
+/// A way of running a teacher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// All weights in the memory of one device, or of each group of so many devices; groups share the data. A group
+    /// splits layers within a node, and takes them in turn between nodes.
+    Resident { group: u64 },
+    /// One layer in memory at a time, over a sweep of tokens; each device has its own tokens, and a node's devices
+    /// take each layer from one reading.
+    Streamed,
+}
+
+impl Mode {
+    /// Whether this version of the program can run it.
+    pub fn is_implemented(self) -> bool {
+        !matches!(self, Mode::Resident { group: 2.. })
+    }
+
+    pub fn name(self) -> String {
+        match self {
+            Mode::Resident { group: 1 } => "resident".into(),
+            Mode::Resident { group } => format!("resident on {group}"),
+            Mode::Streamed => "streamed".into(),
+        }
+    }
+}
+
+/// A number of bytes and what it is for.
+pub type Part = (&'static str, f64);
+
+/// What one way of running a teacher comes to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Estimate {
+    pub mode: Mode,
+    /// Bytes on one device, by part.
+    pub memory: Vec<Part>,
+    /// Why it cannot be run, if so.
+    pub obstacle: Option<String>,
+    /// Tokens that are run together on one device, or on one group: a batch, or a sweep.
+    pub tokens_at_once: f64,
+    /// Seconds for that many tokens, by what takes them; those that overlap are told apart by `seconds`.
+    pub times: Vec<Part>,
+    /// Seconds for that many tokens.
+    pub seconds: f64,
+    /// Tokens per second of all devices.
+    pub rate: f64,
+    /// What takes longest.
+    pub bottleneck: &'static str,
+}
+
+impl Estimate {
+    pub fn fits(&self) -> bool {
+        self.obstacle.is_none()
+    }
+
+    /// Bytes on one device.
+    pub fn bytes(&self) -> f64 {
+        self.memory.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Device-hours for a number of tokens.
+    pub fn device_hours(&self, hardware: &Hardware, tokens: f64) -> f64 {
+        tokens / self.rate * hardware.device_count() as f64 / 3600.0
+    }
+}
+
+/// Every way of running the teacher on the hardware: those that fit first, the cheapest (the fastest, for all devices
+/// are paid for) of them first of all.
+pub fn estimates(
+    work: &TeacherWork,
+    weights: WeightType,
+    hardware: &Hardware,
+    batch_tokens: f64,
+    memory: Option<f64>,
+) -> Vec<Estimate> {
+    let groups = (0..).map(|power| 1u64 << power).take_while(|group| *group <= hardware.device_count());
+    let mut all: Vec<Estimate> = groups.map(|group| resident(work, weights, hardware, batch_tokens, group)).collect();
+    all.push(streamed(work, weights, hardware, batch_tokens, memory));
+    all.sort_by(|a, b| b.fits().cmp(&a.fits()).then(b.rate.total_cmp(&a.rate)));
+    all
+}
+
+/// Activations of a batch while one layer works: the states, a normed copy, and the widest inner row twice.
+fn activations(work: &TeacherWork, tokens: f64, group: f64) -> f64 {
+    tokens * STATE_BYTES * (2.0 * work.hidden as f64 + 2.0 * work.inner as f64 / group)
+}
+
+fn head_rows(work: &TeacherWork, group: f64) -> f64 {
+    HEAD_ROWS * work.vocab as f64 * STATE_BYTES / group
+}
+
+fn resident(work: &TeacherWork, weights: WeightType, hardware: &Hardware, tokens: f64, group: u64) -> Estimate {
+    let width = group as f64;
+    let memory = vec![
+        ("weights", work.total() * weights.bytes() / width),
+        ("activations", activations(work, tokens, width)),
+        ("logits", head_rows(work, width)),
+    ];
+    let compute = tokens * work.flops() / (width * hardware.reached_flops());
+    // A batch reads the dense weights once, and no more experts than there are or its tokens choose.
+    let experts_read = work.experts.min(tokens * work.chosen_experts);
+    let read = (work.dense + work.head_product + experts_read) * weights.bytes() / (width * hardware.memory_bandwidth);
+    // Inside of a node a group splits every layer, outside of it the nodes take some layers each, one after the other.
+    let (inside, stages) = (width.min(hardware.devices as f64), (width / hardware.devices as f64).max(1.0));
+    // Two sums over the node a layer; in a ring each device sends what the others hold twice. Dispatch and combination of
+    // experts are within that.
+    let states = tokens * work.hidden as f64 * SENT_BYTES;
+    let sums = 2.0 * (work.layers as f64 / stages) * 2.0 * (inside - 1.0) / inside * states;
+    let link = if inside > 1.0 { sums / hardware.link_bandwidth } else { 0.0 };
+    let hop = if stages > 1.0 { states / (inside * hardware.network_bandwidth) } else { 0.0 };
+    let seconds = compute.max(read) + link + hop;
+    let groups = (hardware.device_count() / group) as f64;
+    finish(
+        Mode::Resident { group },
+        memory,
+        hardware.device_memory as f64 * USABLE,
+        tokens,
+        vec![("products", compute), ("memory", read), ("links", link + hop)],
+        seconds,
+        groups * tokens / seconds,
+    )
+}
+
+fn streamed(
+    work: &TeacherWork,
+    weights: WeightType,
+    hardware: &Hardware,
+    batch_tokens: f64,
+    budget: Option<f64>,
+) -> Estimate {
+    let usable = budget.unwrap_or(hardware.device_memory as f64 * USABLE);
+    // The layer that works and the one that is being read; of experts, two of each.
+    let layer = 2.0 * (work.largest_layer + work.largest_expert) * weights.bytes();
+    let scratch = activations(work, batch_tokens, 1.0);
+    let (embedding, logits) = ((work.embedding + work.head) * weights.bytes(), head_rows(work, 1.0));
+    // Embedding and head are there at the ends of a sweep, when no layer is.
+    let fixed = (layer + scratch).max(embedding + logits);
+    // A state, and its normed copy that waits for its expert.
+    let per_token = work.hidden as f64 * STATE_BYTES * if work.expert_layers > 0 { 2.0 } else { 1.0 };
+    let on_device = ((usable - fixed) / per_token).max(0.0);
+    let on_host = 0.8 * hardware.host_memory as f64 / hardware.devices as f64 / per_token;
+    // States stay on the device unless the host has room for many more.
+    let (tokens, host) = if on_host > 4.0 * on_device { (on_host, true) } else { (on_device, false) };
+    let tokens = (tokens / batch_tokens).floor() * batch_tokens;
+    let compute = tokens * work.flops() / hardware.reached_flops();
+    let all_tokens = tokens * hardware.devices as f64;
+    let experts_read = work.experts.min(all_tokens * work.chosen_experts);
+    let bytes = (work.dense + experts_read + work.embedding + work.head) * weights.bytes();
+    let disk = bytes / hardware.disk_bandwidth;
+    let states = if host { 2.0 * tokens * per_token * work.layers as f64 } else { 0.0 };
+    let moved = if hardware.host_bandwidth > 0.0 { (bytes + states) / hardware.host_bandwidth } else { 0.0 };
+    let seconds = compute.max(disk).max(moved);
+    let memory = vec![
+        ("two layers", layer),
+        ("embedding and head", (fixed - layer - scratch).max(0.0)),
+        ("activations", scratch),
+        ("states of the sweep", if host { 0.0 } else { tokens * per_token }),
+    ];
+    let least = fixed + batch_tokens * per_token;
+    let mut estimate = finish(
+        Mode::Streamed,
+        memory,
+        usable,
+        tokens,
+        vec![("products", compute), ("disk", disk), ("host link", moved)],
+        seconds,
+        if tokens > 0.0 { hardware.device_count() as f64 * tokens / seconds } else { 0.0 },
+    );
+    if tokens < batch_tokens {
+        estimate.obstacle =
+            Some(format!("a sweep of one batch needs {:.1} GB, and {:.1} GB are there", least / 1e9, usable / 1e9));
+    }
+    estimate
+}
+
+fn finish(
+    mode: Mode,
+    memory: Vec<Part>,
+    usable: f64,
+    tokens_at_once: f64,
+    times: Vec<Part>,
+    seconds: f64,
+    rate: f64,
+) -> Estimate {
+    let bytes: f64 = memory.iter().map(|(_, bytes)| bytes).sum();
+    let obstacle = (bytes > usable)
+        .then(|| format!("needs {:.1} GB on each device, and {:.1} GB are usable", bytes / 1e9, usable / 1e9));
+    let bottleneck = times.iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("nothing", |(name, _)| name);
+    Estimate { mode, memory, obstacle, tokens_at_once, times, seconds, rate, bottleneck }
+}

@@ -1,0 +1,112 @@
+//! The parts of a model, loaded one ahead of its use by a thread of their own. Knows which parts there are, and not in
+//! what order they are wanted.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+
+use burn::tensor::Device;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::{
+    checkpoint::CheckpointReader,
+    error::{Error, Result},
+    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock, parameter::CheckpointWeights},
+};
+
+/// What is loaded as one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Part {
+    /// A dense layer.
+    Dense(usize),
+    /// A layer with experts, without them.
+    Routed(usize),
+    /// One expert of a layer.
+    Expert(usize, usize),
+    /// Some rows of the head.
+    Head(Range<usize>),
+}
+
+pub(super) enum Loaded {
+    Dense(Box<Layer>),
+    Routed(Box<RoutedLayer>),
+    Expert(Box<Expert>),
+    Head(Box<HeadBlock>),
+}
+
+impl Part {
+    fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
+        Ok(match self {
+            Part::Dense(index) => Loaded::Dense(Box::new(Layer::load_for_inference(config, *index, source, device)?)),
+            Part::Routed(index) => Loaded::Routed(Box::new(RoutedLayer::load(config, *index, source, device)?)),
+            Part::Expert(index, expert) => {
+                Loaded::Expert(Box::new(Expert::load(config, *index, *expert, source, device)?))
+            }
+            Part::Head(ids) => Loaded::Head(Box::new(HeadBlock::load(config, ids.clone(), source, device)?)),
+        })
+    }
+}
+
+/// Loads one part at a time, on a thread of its own.
+pub(super) struct Ahead {
+    config: Arc<DecoderConfig>,
+    reader: Arc<CheckpointReader>,
+    device: Device,
+    /// One thread; what it converts in parallel elsewhere is converted on it.
+    loader: ThreadPool,
+    pending: Option<(Part, Receiver<Result<Loaded>>)>,
+}
+
+impl Ahead {
+    /// # Errors
+    /// When the system allows no more threads.
+    pub(super) fn new(config: Arc<DecoderConfig>, reader: Arc<CheckpointReader>, device: Device) -> Result<Self> {
+        let loader = ThreadPoolBuilder::new()
+            .num_threads(1)
+            .thread_name(|_| "weights".into())
+            // Whoever waits for the part finds out, by the channel.
+            .panic_handler(|_| {})
+            .build();
+        let loader = loader.map_err(|error| {
+            Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
+        })?;
+        Ok(Ahead { config, reader, device, loader, pending: None })
+    }
+
+    /// Begins to load a part, which must be the next that is taken.
+    pub(super) fn request(&mut self, part: Part) {
+        assert!(self.pending.is_none(), "one part is read ahead, never two: {part:?}");
+        let (sender, receiver) = sync_channel(1);
+        let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
+        let wanted = part.clone();
+        self.loader.spawn(move || {
+            let loaded = wanted.load(&config, &CheckpointWeights::new(&reader), &device);
+            // Nobody listens any more when the teacher is gone.
+            drop(sender.send(loaded));
+        });
+        self.pending = Some((part, receiver));
+    }
+
+    /// The part, loaded.
+    pub(super) fn take(&mut self, part: Part) -> Result<Loaded> {
+        if self.pending.is_none() {
+            self.request(part.clone());
+        }
+        let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
+        assert_eq!(requested, part, "parts are taken in the order they are requested");
+        loaded.recv().expect("a load that ends without a result has panicked")
+    }
+
+    /// Begins anew, with this part: what is loaded or being loaded stays if it is that one, and is dropped if a sweep
+    /// that ended early left another.
+    pub(super) fn begin(&mut self, part: Part) {
+        match self.pending.take() {
+            Some((pending, loaded)) if pending == part => self.pending = Some((pending, loaded)),
+            other => {
+                // Two parts at once would not be what was counted.
+                drop(other.map(|(_, loaded)| loaded.recv()));
+                self.request(part);
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! `limbeck plan`: numbers that can be checked by hand, for teachers and hardware that are not there.
+
+mod small_run;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+use small_run::limbeck;
+
+const RECIPE: &str = r#"name = "mini_from_behemoth"
+[data]
+sources = [{ path = "text.txt" }]
+tokens = "1T"
+seq_len = 8192
+[teacher]
+checkpoint = "not here"
+batch_tokens = 32768
+[student]
+shape = { like = "scout" }
+[train]
+epochs = 1
+batch_tokens = 8192
+lr = { schedule = "constant", from = 3e-4 }
+"#;
+
+struct Folder {
+    folder: tempfile::TempDir,
+}
+
+impl Folder {
+    fn new() -> Folder {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("recipe.toml"), RECIPE).unwrap();
+        Folder { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn plan(&self, more: &[&str]) -> small_run::Outcome {
+        let recipe = self.path("recipe.toml");
+        let mut arguments: Vec<&OsStr> = vec!["plan".as_ref(), recipe.as_ref()];
+        arguments.extend(more.iter().map(OsStr::new));
+        limbeck(&arguments)
+    }
+
+    fn json(&self, more: &[&str]) -> Value {
+        let outcome = self.plan(&[more, &["--json"]].concat());
+        assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+        serde_json::from_str(&outcome.stdout).unwrap()
+    }
+}
+
+fn way<'a>(plan: &'a Value, hardware: usize, mode: &str) -> &'a Value {
+    let ways = plan["hardware"][hardware]["ways"].as_array().unwrap();
+    ways.iter().find(|way| way["mode"] == mode).unwrap_or_else(|| panic!("{mode} of {ways:?}"))
+}
+
+fn near(left: &Value, right: f64) {
+    let left = left.as_f64().unwrap();
+    assert!((left / right - 1.0).abs() < 1e-3, "{left} {right}");
+}
+
+#[test]
+fn a_behemoth_is_planned_by_arithmetic_that_can_be_done_by_hand() {
+    let folder = Folder::new();
+    let plan = folder.json(&["--teacher", "behemoth", "--hardware", "1xh100", "--hardware", "8xh100"]);
+    // 2 (168.9B + 112.7B + 2.9B) operations for products; a quarter of the layers sees (8192 + 1) / 2 keys, and so do
+    // chunks of 8192; 4 * 112 * 128 * 4096.5 * 128 for attention.
+    let flops = 2.0 * (168.9e9 + 112.7e9 + 2.897e9) + 4.0 * 112.0 * 128.0 * 4096.5 * 128.0;
+    assert!((plan["teacher"]["flops_per_token"].as_f64().unwrap() / flops - 1.0).abs() < 2e-3);
+    let streamed = way(&plan, 0, "streamed");
+    let flops = plan["teacher"]["flops_per_token"].as_f64().unwrap();
+    near(&streamed["tokens_per_second"], 0.4 * 989e12 / flops);
+    near(&streamed["device_hours"], 1e12 * flops / (0.4 * 989e12) / 3600.0);
+    assert_eq!(streamed["bound_by"], "products");
+    let parameters = plan["teacher"]["parameters"].as_f64().unwrap();
+    near(&streamed["seconds_by_part"]["disk"], 2.0 * parameters / 6e9);
+    near(&way(&plan, 1, "streamed")["seconds_by_part"]["disk"], 2.0 * parameters / 25e9);
+    let resident = way(&plan, 0, "resident");
+    assert!(resident["obstacle"].as_str().unwrap().starts_with("needs 39"), "{resident}");
+    assert_eq!(resident["device_hours"], Value::Null);
+}
+
+#[test]
+fn what_fits_comes_first_and_the_fastest_of_it_first_of_all() {
+    let folder = Folder::new();
+    for teacher in ["scout", "maverick", "behemoth"] {
+        let plan = folder.json(&["--teacher", teacher]);
+        let hardware = plan["hardware"].as_array().unwrap();
+        assert_eq!(hardware.len(), 4);
+        for machine in hardware {
+            let ways = machine["ways"].as_array().unwrap();
+            let rank = |way: &Value| (way["obstacle"].is_string(), -way["tokens_per_second"].as_f64().unwrap());
+            assert!(ways.is_sorted_by(|left, right| rank(left) <= rank(right)), "{ways:#?}");
+            for way in ways {
+                let memory: f64 =
+                    way["memory_bytes"].as_object().unwrap().values().map(|it| it.as_f64().unwrap()).sum();
+                let device = machine["hardware"]["device_memory"].as_f64().unwrap();
+                assert!(way["obstacle"].is_string() || memory <= 0.92 * device * 1.000001, "{way:#}");
+            }
+        }
+    }
+    // 216 GB of Scout in bf16 and 108 GB in FP8: the number of devices that hold them is halved.
+    let fits = |weights: &str| {
+        let plan = folder.json(&["--teacher", "scout", "--hardware", "8xh100", "--weights", weights]);
+        ["resident on 2", "resident on 4"].map(|mode| way(&plan, 0, mode)["obstacle"].is_null())
+    };
+    assert_eq!((fits("bf16"), fits("fp8")), ([false, true], [true, true]));
+}
+
+#[test]
+fn hardware_is_read_from_files_and_mistakes_in_them_are_named() {
+    let folder = Folder::new();
+    let file = folder.path("box.toml");
+    let text = "name = \"box\"\ndevices = 1\ndevice_memory = 24_000_000_000\nmatmul_flops = 1.75e11\nefficiency = 0.8\n\
+                memory_bandwidth = 2e10\nlink_bandwidth = 0.0\ndisk_bandwidth = 1e9\n";
+    fs::write(&file, text).unwrap();
+    let file_name = file.to_str().unwrap();
+    let plan = folder.json(&["--teacher", "scout", "--hardware", file_name]);
+    let flops = plan["teacher"]["flops_per_token"].as_f64().unwrap();
+    near(&way(&plan, 0, "streamed")["tokens_per_second"], 0.8 * 1.75e11 / flops);
+    let message = |more: &[&str]| {
+        let outcome = folder.plan(more);
+        assert_eq!(outcome.stdout, "");
+        (outcome.code, outcome.stderr.replace(folder.folder.path().to_str().unwrap(), "DIR").trim_end().to_string())
+    };
+    for (change, problem) in [
+        ("disk_bandwidth = 0.0", "error: DIR/box.toml: `disk_bandwidth` is 0; give a number above 0"),
+        ("efficiency = 1.5", "error: DIR/box.toml: `efficiency` is 1.5; give a share of the peak, at most 1"),
+    ] {
+        let key = change.split(' ').next().unwrap();
+        let lines: Vec<&str> = text.lines().map(|line| if line.starts_with(key) { change } else { line }).collect();
+        fs::write(&file, lines.join("\n")).unwrap();
+        assert_eq!(message(&["--teacher", "scout", "--hardware", file_name]), (1, problem.to_string()));
+    }
+    assert_eq!(
+        message(&["--teacher", "scout", "--hardware", "2xh100"]),
+        (
+            2,
+            "error: no hardware is called \"2xh100\", and there is no such file; use 1x24gb, 1xh100, 8xh100, 64xh100, \
+             or a TOML file as docs/planning.md has it"
+                .to_string()
+        )
+    );
+    assert_eq!(
+        message(&[]),
+        (2, "error: DIR/recipe.toml: line 7: `teacher.checkpoint` is DIR/not here, which does not exist; give --teacher \
+             scout, maverick, behemoth, or the directory of a model"
+            .to_string())
+    );
+}
