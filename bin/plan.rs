@@ -77,7 +77,12 @@ fn teacher(recipe: &Recipe, other: Option<&str>) -> Result<(String, DecoderConfi
         let name = if name == "behemoth" { "behemoth (a shape assumed by this program)" } else { name };
         return Ok((name.to_string(), shape.decoder(Path::new(name))?));
     }
-    let own = recipe.teacher.as_ref().map(|teacher| teacher.checkpoint.as_path());
+    if other.is_none() && recipe.remote_teacher().is_some() {
+        let problem = "is `remote`, and no server says how large its model is";
+        let tip = "give --teacher scout, maverick, behemoth, or the directory of a model";
+        return Err(recipe.error("teacher.mode", problem, tip));
+    }
+    let own = recipe.teacher_checkpoint().map(|checkpoint| checkpoint.as_path());
     let Some(dir) = other.map(Path::new).or(own) else {
         return Err(recipe.error("teacher", "is missing", "add [teacher], or give --teacher"));
     };

@@ -45,6 +45,10 @@ pub enum Error {
     #[error("{what} differs: {left_name} has {left}, {right_name} has {right}; {tip}")]
     Mismatch { what: String, left_name: String, left: String, right_name: String, right: String, tip: String },
 
+    /// A server cannot be reached, refuses, or gives what is no answer.
+    #[error("{url}: {problem}; {tip}")]
+    Server { url: String, problem: String, tip: String },
+
     /// A number that must be finite is not.
     #[error("{what} is not finite; {tip}")]
     NotFinite { what: String, tip: String },

@@ -39,9 +39,9 @@ impl Inputs {
                 "give the path of a model directory in Hugging Face layout, or of a .gguf file",
             )?;
         }
-        let teacher = match &recipe.teacher {
-            Some(section) => {
-                let (path, config) = read_configuration(&section.checkpoint)?;
+        let teacher = match recipe.teacher_checkpoint() {
+            Some(checkpoint) => {
+                let (path, config) = read_configuration(checkpoint)?;
                 Some(read_config(&path, &config)?)
             }
             None => None,
@@ -54,6 +54,8 @@ impl Inputs {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
             recipe.check_mesh(teacher)?;
+        } else if recipe.remote_teacher().is_some() {
+            recipe.check_selection(student.vocab_size)?;
         }
         let teacher_vocab = match &recipe.cache.train {
             Some(cache) => Some(captured_vocabulary(cache, &tokenizer)?),
@@ -135,7 +137,7 @@ fn kept_share(plan: &Plan) -> Option<f64> {
 
 /// The checkpoints a recipe names, each under its key.
 fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
-    let teacher = recipe.teacher.iter().map(|teacher| ("teacher.checkpoint", teacher.checkpoint.as_path()));
+    let teacher = recipe.teacher_checkpoint().into_iter().map(|teacher| ("teacher.checkpoint", teacher.as_path()));
     teacher.chain(recipe.student.checkpoint.iter().map(|checkpoint| ("student.checkpoint", checkpoint.as_path())))
 }
 
@@ -178,7 +180,7 @@ fn check_tokenizers(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<()> {
 }
 
 fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
-    let teacher = recipe.teacher.as_ref().map(|teacher| &teacher.checkpoint);
+    let teacher = recipe.teacher_checkpoint();
     let Some(path) = recipe.data.tokenizer.as_ref().or(teacher).or(recipe.student.checkpoint.as_ref()) else {
         let tip = "name a tokenizer.json or its folder, or make one with `limbeck tokenizer train`";
         return Err(recipe.error("data.tokenizer", "is missing and no model brings one", tip));

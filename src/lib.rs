@@ -6,6 +6,7 @@
 //!   and [`cache`] keeps both.
 //! - [`models`] runs Llama 4 and the dense Llama family, [`loss`] compares a student with its targets, [`train`] steps.
 //! - [`checkpoint`] reads and writes Hugging Face directories; [`eval`] measures and reports.
+//! - [`remote`] asks a teacher that a server runs for the same targets.
 //! - [`import`] makes caches of what other programs captured; [`fidelity`] compares a cache with a live teacher.
 //!
 //! [`distill::run`] is all of it in one call. By hand it is this:
@@ -73,6 +74,7 @@ pub mod precompute;
 pub mod progress;
 mod quantity;
 pub mod recipe;
+pub mod remote;
 pub mod run;
 pub mod schedule;
 pub mod selection;

@@ -1,6 +1,8 @@
 //! The first driver: text in, caches of packed tokens and soft targets out. Fills only what is missing, alone or as one
 //! of several writers.
 
+mod served;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -23,6 +25,7 @@ use crate::{
     parallel::{Collective, Mesh, launch},
     progress::{Progress, Unit},
     recipe::{Recipe, TeacherMode, TeacherSection},
+    remote::RemoteTeacher,
     run::RunOptions,
     selection::Selection,
     targets::{PackedSequence, SparseTargets, TargetKind, TargetSource},
@@ -213,7 +216,7 @@ struct Filler<'a> {
     soft_targets: Option<SoftTargetSettings>,
     /// What connects this process with others that have parts of the teacher.
     world: Option<&'a Rc<dyn Collective>>,
-    /// Loaded when the first missing target asks for it.
+    /// Loaded when the first missing target asks for it; a remote one is there from the start, unless nothing is missing.
     teacher: Option<Teacher>,
     token_bytes: Vec<u32>,
     /// Time that went into encoding and writing the split that is being filled.
@@ -227,22 +230,33 @@ impl<'a> Filler<'a> {
         options: &'a RunOptions,
         world: Option<&'a Rc<dyn Collective>>,
     ) -> Result<Self> {
-        let teacher_reader = match &recipe.teacher {
-            Some(teacher) => Some(Arc::new(CheckpointReader::open(&teacher.checkpoint)?)),
+        let teacher_reader = match recipe.teacher_checkpoint() {
+            Some(checkpoint) => Some(Arc::new(CheckpointReader::open(checkpoint)?)),
             None => None,
         };
-        let soft_targets = match (&recipe.teacher, &teacher_reader) {
-            (Some(teacher), Some(reader)) => Some(SoftTargetSettings {
-                teacher: TeacherIdentity {
-                    name: teacher.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                    fingerprint: reader.fingerprint()?,
-                    dtype: "f32".into(),
-                },
-                selection: recipe.cache.selection(),
-                temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        let mut teacher = None;
+        let identity = match (&recipe.teacher, &teacher_reader) {
+            (None, _) => None,
+            (Some(section), Some(reader)) => Some(TeacherIdentity {
+                name: section.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                fingerprint: reader.fingerprint()?,
+                dtype: "f32".into(),
             }),
-            _ => None,
+            (Some(section), None) => Some(match served::finished(section, inputs) {
+                Some(identity) => identity,
+                None => {
+                    let remote = served::connect(recipe, section, inputs, options)?;
+                    let (fingerprint, dtype) = (remote.fingerprint(), remote.precision());
+                    teacher = Some(Teacher::Remote(Box::new(remote)));
+                    TeacherIdentity { name: section.model.clone().unwrap_or_default(), fingerprint, dtype }
+                }
+            }),
         };
+        let soft_targets = identity.map(|teacher| SoftTargetSettings {
+            teacher,
+            selection: recipe.cache.selection(),
+            temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        });
         Ok(Filler {
             recipe,
             inputs,
@@ -251,7 +265,7 @@ impl<'a> Filler<'a> {
             world,
             teacher_reader,
             soft_targets,
-            teacher: None,
+            teacher,
             token_bytes: inputs.tokenizer.token_byte_lengths(),
             writing: Duration::ZERO,
         })
@@ -333,7 +347,10 @@ impl<'a> Filler<'a> {
     /// Ids the soft targets may name: the teacher's, which may be padded beyond the tokenizer's.
     fn vocab_size(&self) -> usize {
         let teacher = self.inputs.teacher.as_ref().map_or(0, |teacher| teacher.vocab_size);
-        teacher.max(self.inputs.tokenizer.vocab_size())
+        match self.recipe.remote_teacher() {
+            Some(_) => served::vocab_size(self.inputs),
+            None => teacher.max(self.inputs.tokenizer.vocab_size()),
+        }
     }
 
     /// The caches of other runs that may have some of the targets.
@@ -423,6 +440,9 @@ impl<'a> Filler<'a> {
 
     /// The numbers of the sequences that are computed at once, from the one that the writer asks for next.
     fn at_once(&mut self, writer: &CacheWriter, seq_len: u64) -> Result<Vec<Range<u64>>> {
+        if let Some(Teacher::Remote(teacher)) = &self.teacher {
+            return Ok(writer.upcoming((teacher.tokens_at_once() / seq_len).max(1)));
+        }
         let section = self.recipe.teacher.as_ref();
         let batch = (section.map_or(65_536, |teacher| teacher.batch_tokens) / seq_len).max(1);
         // Only these two say themselves how much they take; a resident one is loaded when a target is missing.
@@ -511,6 +531,13 @@ impl<'a> Filler<'a> {
                     if !teacher.targets(&numbered, more, &stop, give)? {
                         return Ok(false);
                     }
+                }
+                Teacher::Remote(teacher) => {
+                    teacher.set_selection(selection)?;
+                    let sequences: Vec<(u64, &PackedSequence)> =
+                        missing.iter().map(|&place| (asked[place].number, &asked[place].sequence)).collect();
+                    let Some(found) = teacher.targets(&sequences, &stop)? else { return Ok(false) };
+                    missing.iter().zip(found).try_for_each(|(&place, targets)| push(place, Some(targets)))?;
                 }
             }
         }
@@ -630,9 +657,10 @@ fn shard_sequence_bytes(recipe: &Recipe) -> u64 {
     (recipe.data.seq_len as u64 + 1) * (row + coded)
 }
 
-/// Any kind of teacher.
+/// A teacher of any kind.
 enum Teacher {
     Resident(Box<ResidentTeacher>),
     Sharded(Box<ShardedTeacher>),
     Streamed(Box<StreamedTeacher>),
+    Remote(Box<RemoteTeacher>),
 }

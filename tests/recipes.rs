@@ -331,16 +331,16 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("teacher.batch_tokens=0", "`teacher.batch_tokens` is 0; use at least 1"),
         (
             "teacher.mode=remote",
-            "`teacher.mode` is `remote`, which this version cannot do; use `resident` or `streamed`",
+            "line 9: `teacher.checkpoint` is for a teacher that runs here, and this one is remote; remove it",
         ),
         (
             "teacher.memory=\"2GiB\"",
-            "`teacher.memory` is for a teacher that is streamed, and this one is resident; remove it, or use \
+            "`teacher.memory` is for a teacher that is streamed, and this one is not; remove it, or use \
              teacher.mode = \"streamed\"",
         ),
         (
             "teacher.spill=never",
-            "`teacher.spill` is for a teacher that is streamed, and this one is resident; remove it, or use \
+            "`teacher.spill` is for a teacher that is streamed, and this one is not; remove it, or use \
              teacher.mode = \"streamed\"",
         ),
         ("teacher.dtype=bf16", "`teacher.dtype` is `bf16`, which this version cannot compute in; use `f32`"),

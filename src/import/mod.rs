@@ -17,6 +17,7 @@ mod compression;
 mod distillkit;
 mod jsonl;
 mod packed;
+mod places;
 mod quantized;
 mod rows;
 
@@ -30,6 +31,8 @@ use crate::tokenizer::Tokenizer;
 pub use compression::CompressionConfig;
 pub use jsonl::RowPlace;
 use packed::Sequences;
+pub(crate) use places::{Entry, Place, server_places, without_infinities};
+pub(crate) use rows::{CompleteRow, LARGEST_SUM, ROUNDING, complete};
 pub use rows::{ImportReport, LEAST_TAIL};
 
 /// The fingerprint in the manifest when the weights of the teacher are not at hand.
@@ -73,11 +76,11 @@ struct Origin {
 
 /// Some most probable ids of one prediction, in any order.
 #[derive(Debug, Clone, Default, PartialEq)]
-struct Row {
-    ids: Vec<u32>,
-    log_probs: Vec<f32>,
+pub(crate) struct Row {
+    pub ids: Vec<u32>,
+    pub log_probs: Vec<f32>,
     /// Of the label, when it is given though it is not among the ids.
-    label_log_prob: Option<f32>,
+    pub label_log_prob: Option<f32>,
 }
 
 /// What a source is, beside its documents.
@@ -142,7 +145,7 @@ pub fn jsonl(
         format: "JSON Lines of top log-probabilities",
         k,
         settings: format!("{place:?}"),
-        largest_sum: 1.01,
+        largest_sum: LARGEST_SUM,
         files: files.clone(),
     };
     write(source, options, directory, || jsonl::documents(files, place))

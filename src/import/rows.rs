@@ -7,7 +7,10 @@ use super::Row;
 pub const LEAST_TAIL: f64 = 1e-8;
 
 /// How far above 0 a logarithm of a probability may be by rounding; what is above is brought down to 0.
-const ROUNDING: f32 = 1e-3;
+pub(crate) const ROUNDING: f32 = 1e-3;
+
+/// The largest sum of a row's probabilities that is taken for rounding where a server computed them.
+pub(crate) const LARGEST_SUM: f64 = 1.01;
 
 /// What an import found.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -33,7 +36,7 @@ pub struct ImportReport {
 
 /// A row as the cache has it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct CompleteRow {
+pub(crate) struct CompleteRow {
     /// In descending order of probability, of equal ones the smaller id first.
     pub ids: Vec<u32>,
     pub log_probs: Vec<f32>,
@@ -42,7 +45,7 @@ pub(super) struct CompleteRow {
 }
 
 /// Completes what is known of one prediction. The error is the problem, for a message that names the record.
-pub(super) fn complete(
+pub(crate) fn complete(
     row: Option<&Row>,
     label: u32,
     vocab_size: usize,

@@ -1,6 +1,7 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
+use super::remote_teacher;
 use super::schema::{
     Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
 };
@@ -84,7 +85,7 @@ impl Recipe {
     }
 
     /// Refuses a number outside a range given in words.
-    fn number(&self, key: &str, value: f64, allowed: bool, range: &str) -> Result<()> {
+    pub(super) fn number(&self, key: &str, value: f64, allowed: bool, range: &str) -> Result<()> {
         if value.is_finite() && allowed {
             return Ok(());
         }
@@ -161,10 +162,6 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
     }
     match &recipe.teacher {
         Some(teacher) => {
-            if teacher.mode == TeacherMode::Remote {
-                let problem = "is `remote`, which this version cannot do";
-                return Err(recipe.error("teacher.mode", problem, "use `resident` or `streamed`"));
-            }
             let streamed_only = [
                 ("memory", teacher.memory, teacher.memory.is_some()),
                 ("sweep_tokens", teacher.sweep_tokens, teacher.sweep_tokens.is_some()),
@@ -173,12 +170,13 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
             for (name, value, given) in streamed_only {
                 let key = format!("teacher.{name}");
                 if given && teacher.mode != TeacherMode::Streamed {
-                    let problem = "is for a teacher that is streamed, and this one is resident";
+                    let problem = "is for a teacher that is streamed, and this one is not";
                     return Err(recipe.error(&key, problem, "remove it, or use teacher.mode = \"streamed\""));
                 }
                 recipe.positive(&key, value.unwrap_or(1))?;
             }
             check_mesh(recipe, teacher)?;
+            remote_teacher::check(recipe, teacher)?;
             if teacher.dtype == Dtype::Bf16 {
                 let problem = "is `bf16`, which this version cannot compute in";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));

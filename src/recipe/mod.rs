@@ -12,9 +12,11 @@ mod keys;
 mod load;
 mod memory_key;
 mod plan;
+mod remote_teacher;
 mod schema;
 mod selection_key;
 mod student;
+mod url_key;
 
 pub use keys::all_keys;
 pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, cache_bytes};

@@ -350,7 +350,13 @@ impl fmt::Display for Plan {
             }
             None => line("teacher", "none: ordinary training on the text".into())?,
             Some(teacher) => {
-                line("teacher", teacher.checkpoint.display().to_string())?;
+                match recipe.remote_teacher() {
+                    None => line("teacher", teacher.checkpoint.display().to_string())?,
+                    Some(_) => {
+                        let model = teacher.model.as_deref().unwrap_or_default();
+                        line("teacher", format!("{model}, at {}", teacher.url.join(", ")))?;
+                    }
+                }
                 if let Some(size) = &self.teacher {
                     line("", size.to_string())?;
                 }

@@ -73,7 +73,8 @@ pub struct DataSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TeacherSection {
-    /// A model directory, a GGUF file or a model on the hub.
+    /// A model directory, a GGUF file or a model on the hub. Empty with `remote`.
+    #[serde(default, skip_serializing_if = "path_is_empty")]
     pub checkpoint: PathBuf,
     /// How the teacher is run: `resident`, or `streamed` where it is larger than memory. Default `resident`.
     #[serde(default)]
@@ -96,6 +97,27 @@ pub struct TeacherSection {
     /// The devices it is divided over, by axis. Default: one device.
     #[serde(default, skip_serializing_if = "is_one_device")]
     pub mesh: Mesh,
+    /// For `remote`: the server's address, or several that share the work, as `"http://host:8000/v1"`.
+    #[serde(default, deserialize_with = "super::url_key::deserialize", skip_serializing_if = "Vec::is_empty")]
+    pub url: Vec<String>,
+    /// For `remote`: the model's name on the server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// For `remote`: requests under way at once. Default 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<usize>,
+    /// For `remote`: seconds that one answer may take. Default 300.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<f64>,
+    /// For `remote`: how often a request that failed is made again. Default 7.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries: Option<u32>,
+    /// For `remote`: most requests begun in a second. Default: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests_per_second: Option<f64>,
+    /// For `remote`: name of the environment variable that holds the server's key. Default: no key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_env: Option<String>,
 }
 
 fn is_one_device(mesh: &Mesh) -> bool {
@@ -415,6 +437,16 @@ impl Recipe {
         self.has_soft_targets() && self.cache.selection().kind() == TargetKind::Sampled
     }
 
+    /// The teacher that runs behind a server, if it does.
+    pub fn remote_teacher(&self) -> Option<&TeacherSection> {
+        self.teacher.as_ref().filter(|teacher| teacher.mode == TeacherMode::Remote)
+    }
+
+    /// The directory of the teacher that runs here, if one does.
+    pub fn teacher_checkpoint(&self) -> Option<&PathBuf> {
+        self.teacher.as_ref().filter(|teacher| teacher.mode != TeacherMode::Remote).map(|teacher| &teacher.checkpoint)
+    }
+
     /// The learning rate of the control: its own, else the student's.
     pub fn control_learning_rate(&self) -> LearningRate {
         let own = self.control.as_ref().and_then(|control| control.lr.as_ref());
@@ -443,6 +475,9 @@ impl LearningRateSection {
     }
 }
 
+fn path_is_empty(path: &PathBuf) -> bool {
+    path.as_os_str().is_empty()
+}
 fn one() -> f64 {
     1.0
 }
