@@ -139,7 +139,8 @@ pub struct EvaluateArgs {
 #[derive(Debug, Args)]
 pub struct PlanArgs {
     /// The recipe, a TOML file
-    pub recipe: PathBuf,
+    #[arg(required_unless_present = "calibrate")]
+    pub recipe: Option<PathBuf>,
 
     /// Override one key of the recipe, as in --set data.tokens=1T; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
@@ -148,6 +149,14 @@ pub struct PlanArgs {
     /// Where it is to run: 1x24gb, 1xh100, 8xh100, 64xh100 or a TOML file; may be given several times [default: all four]
     #[arg(long, value_name = "NAME|FILE")]
     pub hardware: Vec<String>,
+
+    /// Measure this machine for half a minute and write it as hardware into a TOML file; a recipe is then planned for it
+    #[arg(long, value_name = "FILE")]
+    pub calibrate: Option<PathBuf>,
+
+    /// With --calibrate: the directory to read from, where checkpoints are [default: that of the file]
+    #[arg(long, value_name = "DIR", requires = "calibrate")]
+    pub disk: Option<PathBuf>,
 
     /// Plan for another teacher than the recipe's: scout, maverick, behemoth, or the directory of a model
     #[arg(long, value_name = "SHAPE|DIR")]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use limbeck::Result;
 use limbeck::checkpoint::read_configuration;
-use limbeck::estimate::{Forecast, Hardware, PRESETS, TeacherWork, WeightType, estimates, teacher_text};
+use limbeck::estimate::{Forecast, Hardware, PRESETS, TeacherWork, WeightType, calibrate, estimates, teacher_text};
 use limbeck::inputs::Inputs;
 use limbeck::models::llama4::shapes;
 use limbeck::models::{DecoderConfig, read_config};
@@ -22,7 +22,24 @@ pub fn run(target: &Path, flags: &RunFlags) -> Result<()> {
 }
 
 pub fn estimate(args: &PlanArgs) -> Result<()> {
-    let recipe = Recipe::load(&args.recipe, &args.set)?;
+    let measured = match &args.calibrate {
+        Some(file) => {
+            let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let disk = args.disk.as_deref().or(parent).unwrap_or(Path::new("."));
+            let calibration = calibrate(disk)?;
+            calibration.write(file)?;
+            Some(calibration)
+        }
+        None => None,
+    };
+    let Some(recipe) = &args.recipe else {
+        let (file, measured) = args.calibrate.as_ref().zip(measured).expect("the parser asks for one of them");
+        return match args.json {
+            true => print(&format!("{:#}\n", serde_json::json!(measured.hardware))),
+            false => print(&format!("{}{}\n", measured.text(), file.display())),
+        };
+    };
+    let recipe = Recipe::load(recipe, &args.set)?;
     let (name, config) = teacher(&recipe, args.teacher.as_deref())?;
     let (seq_len, tokens) = (recipe.data.seq_len as u64, recipe.data.tokens as f64);
     let batch = recipe.teacher.as_ref().map_or(4096, |teacher| teacher.batch_tokens).max(seq_len) / seq_len * seq_len;
@@ -32,11 +49,12 @@ pub fn estimate(args: &PlanArgs) -> Result<()> {
         WeightsFlag::Fp8 => WeightType::Fp8,
     };
     let work = TeacherWork::new(&config, seq_len);
-    let names: Vec<&str> = match args.hardware.is_empty() {
+    let names: Vec<&str> = match args.hardware.is_empty() && measured.is_none() {
         true => PRESETS.to_vec(),
         false => args.hardware.iter().map(String::as_str).collect(),
     };
-    let mut machines = names.into_iter().map(Hardware::named).collect::<Result<Vec<_>>>()?;
+    let mut machines: Vec<Hardware> = measured.into_iter().map(|measured| measured.hardware).collect();
+    machines.extend(names.into_iter().map(Hardware::named).collect::<Result<Vec<_>>>()?);
     machines.iter_mut().for_each(|hardware| hardware.price = args.price.or(hardware.price));
     let (mut text, mut json) = (teacher_text(&name, &work, weights), vec![]);
     let sequences = recipe.data.tokens.div_ceil(seq_len);

@@ -153,3 +153,49 @@ fn hardware_is_read_from_files_and_mistakes_in_them_are_named() {
             .to_string())
     );
 }
+
+#[test]
+fn a_machine_measures_itself_and_is_planned_for() {
+    let folder = Folder::new();
+    let file = folder.path("here.toml");
+    let file_name = file.to_str().unwrap();
+    let outcome = limbeck(&["plan", "--calibrate", file_name].map(OsStr::new));
+    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+    assert!(outcome.stdout.contains("experts") && outcome.stdout.trim_end().ends_with(file_name), "{}", outcome.stdout);
+    let written: toml::Value = toml::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    for key in ["products", "attention", "states", "logits"] {
+        assert!(written["measured"][key].as_float().unwrap() > 1e6, "{written}");
+    }
+    let left: Vec<_> = fs::read_dir(folder.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+
+    // A machine that multiplies half as fast takes longer, by as much as products are of its time.
+    let rate = |text: String| {
+        fs::write(&file, text).unwrap();
+        let plan = folder.json(&["--teacher", "scout", "--hardware", file_name]);
+        way(&plan, 0, "streamed")["seconds_by_part"]["products"].as_f64().unwrap()
+    };
+    let text = fs::read_to_string(&file).unwrap();
+    let products = written["measured"]["products"].as_float().unwrap();
+    let slower = text.lines().map(|line| match line.starts_with("products") {
+        true => format!("products = {:.1}\n", products / 2.0),
+        false => format!("{line}\n"),
+    });
+    let slower: String = slower.collect();
+    let (measured, slow) = (rate(text.clone()), rate(slower));
+    assert!(slow > 1.2 * measured && slow < 2.001 * measured, "{slow} {measured}");
+
+    let broken = text.lines().map(|line| if line.starts_with("logits") { "logits = 0.0" } else { line });
+    fs::write(&file, broken.collect::<Vec<_>>().join("\n")).unwrap();
+    let outcome = folder.plan(&["--teacher", "scout", "--hardware", file_name]);
+    assert!(
+        outcome.stderr.contains("`measured.logits` is 0; give a number above 0, or measure with --calibrate"),
+        "{}",
+        outcome.stderr
+    );
+    let outcome = limbeck(&["plan"].map(OsStr::new));
+    assert_eq!(outcome.code, 2, "{}", outcome.stderr);
+    let missing = folder.path("nowhere").join("here.toml");
+    let outcome = limbeck(&["plan".as_ref(), "--calibrate".as_ref(), missing.as_os_str()]);
+    assert!(outcome.code == 1 && outcome.stderr.contains("nowhere"), "{}", outcome.stderr);
+}

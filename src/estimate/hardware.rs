@@ -4,6 +4,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::work::TeacherWork;
+
 use crate::error::{Error, Result};
 
 /// Equal devices in equal nodes. Rates are per second; bytes are decimal.
@@ -38,8 +40,25 @@ pub struct Hardware {
     /// Bytes that a node reads from where checkpoints are.
     pub disk_bandwidth: f64,
     /// Price of one device for an hour, in whatever currency.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub price: Option<f64>,
+    /// What was measured of one device; where it is there, times follow from it and not from peak and `efficiency`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Rates>,
+}
+
+/// What a decoder's forward pass reaches, per second.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rates {
+    /// Floating-point operations of products with weights.
+    pub products: f64,
+    /// Floating-point operations of attention.
+    pub attention: f64,
+    /// Numbers of states and inner rows that layers write.
+    pub states: f64,
+    /// Logits that targets are chosen from.
+    pub logits: f64,
 }
 
 fn one() -> u64 {
@@ -94,6 +113,7 @@ impl Hardware {
             host_bandwidth: 55e9,
             disk_bandwidth: if devices == 1 { 6e9 } else { 25e9 },
             price: None,
+            measured: None,
         };
         match word.to_ascii_lowercase().as_str() {
             // A desktop's card of the class of an RTX 4090, and a desktop around it.
@@ -130,6 +150,19 @@ impl Hardware {
                 return Err(Error::file(path, format!("`{key}` is {value}"), "give a number above 0"));
             }
         }
+        if let Some(rates) = &self.measured {
+            for (key, rate) in [
+                ("products", rates.products),
+                ("attention", rates.attention),
+                ("states", rates.states),
+                ("logits", rates.logits),
+            ] {
+                if !(rate.is_finite() && rate > 0.0) {
+                    let problem = format!("`measured.{key}` is {rate}");
+                    return Err(Error::file(path, problem, "give a number above 0, or measure with --calibrate"));
+                }
+            }
+        }
         if self.efficiency > 1.0 {
             let problem = format!("`efficiency` is {}", self.efficiency);
             return Err(Error::file(path, problem, "give a share of the peak, at most 1"));
@@ -150,8 +183,16 @@ impl Hardware {
         self.devices * self.nodes
     }
 
-    /// Operations per second that products really make on one device.
-    pub fn reached_flops(&self) -> f64 {
-        self.matmul_flops * self.efficiency
+    /// Whether the device is the processor: its memory is the node's.
+    pub fn is_processor(&self) -> bool {
+        self.host_memory == 0
+    }
+
+    /// Seconds that one device computes for one token, when nothing keeps it waiting.
+    pub fn seconds_per_token(&self, work: &TeacherWork) -> f64 {
+        match &self.measured {
+            Some(rates) => rates.seconds(work.amounts()),
+            None => work.flops() / (self.matmul_flops * self.efficiency),
+        }
     }
 }

@@ -109,7 +109,7 @@ fn resident(work: &TeacherWork, weights: WeightType, hardware: &Hardware, tokens
         ("activations", activations(work, tokens, width)),
         ("logits", head_rows(work, width)),
     ];
-    let compute = tokens * work.flops() / (width * hardware.reached_flops());
+    let compute = tokens * hardware.seconds_per_token(work) / width;
     // A batch reads the dense weights once, and no more experts than there are or its tokens choose.
     let experts_read = work.experts.min(tokens * work.chosen_experts);
     let read = (work.dense + work.head_product + experts_read) * weights.bytes() / (width * hardware.memory_bandwidth);
@@ -155,7 +155,7 @@ fn streamed(
     // States stay on the device unless the host has room for many more.
     let (tokens, host) = if on_host > 4.0 * on_device { (on_host, true) } else { (on_device, false) };
     let tokens = (tokens / batch_tokens).floor() * batch_tokens;
-    let compute = tokens * work.flops() / hardware.reached_flops();
+    let compute = tokens * hardware.seconds_per_token(work);
     let all_tokens = tokens * hardware.devices as f64;
     let experts_read = work.experts.min(all_tokens * work.chosen_experts);
     let bytes = (work.dense + experts_read + work.embedding + work.head) * weights.bytes();

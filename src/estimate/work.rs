@@ -51,6 +51,8 @@ pub struct TeacherWork {
     pub product_flops: f64,
     /// Operations of one token's attention, by the mean number of keys that it sees.
     pub attention_flops: f64,
+    /// Numbers of states and inner rows that one token's layers write beside products: norms, rotations, gates, sums.
+    pub state_values: f64,
     pub layers: u64,
     pub hidden: u64,
     /// Widest inner row of a layer: queries, keys and values, or gate and up.
@@ -77,6 +79,7 @@ impl TeacherWork {
             largest_expert: 0.0,
             product_flops: 0.0,
             attention_flops: 0.0,
+            state_values: 0.0,
             layers: config.layers.len() as u64,
             hidden: config.hidden_size as u64,
             inner: (query + 2.0 * key) as u64,
@@ -85,13 +88,17 @@ impl TeacherWork {
         };
         for layer in &config.layers {
             let mut dense = 2.0 * hidden + 2.0 * hidden * query + 2.0 * hidden * key;
+            work.state_values += 6.0 * hidden + 3.0 * (query + key);
             match layer.feed_forward {
                 FeedForwardConfig::Dense { width } => {
+                    work.state_values += 3.0 * width as f64;
                     dense += 3.0 * hidden * width as f64;
                     work.inner = work.inner.max(2 * width as u64);
                 }
                 FeedForwardConfig::Experts { width, expert_count, chosen } => {
                     let expert = 3.0 * hidden * width as f64;
+                    // Each chosen expert's row is gathered and its output added up.
+                    work.state_values += (1 + chosen) as f64 * 3.0 * width as f64 + chosen as f64 * 3.0 * hidden;
                     dense += expert + expert_count as f64 * hidden;
                     work.experts += expert_count as f64 * expert;
                     work.chosen_experts += chosen as f64 * expert;
@@ -111,6 +118,12 @@ impl TeacherWork {
     /// Parameters in all.
     pub fn total(&self) -> f64 {
         self.embedding + self.head + self.dense + self.experts
+    }
+
+    /// What one token is made of, by what takes its time: operations of products and of attention, numbers of states,
+    /// logits.
+    pub(super) fn amounts(&self) -> [f64; 4] {
+        [self.product_flops, self.attention_flops, self.state_values, self.vocab as f64]
     }
 
     /// Operations of one token.
