@@ -4,7 +4,9 @@ use std::path::Path;
 
 use limbeck::Result;
 use limbeck::checkpoint::read_configuration;
-use limbeck::estimate::{Forecast, Hardware, PRESETS, TeacherWork, WeightType, calibrate, estimates, teacher_text};
+use limbeck::estimate::{
+    Forecast, Hardware, Job, PRESETS, TeacherWork, WeightType, calibrate, estimates, teacher_text,
+};
 use limbeck::inputs::Inputs;
 use limbeck::models::llama4::shapes;
 use limbeck::models::{DecoderConfig, read_config};
@@ -49,6 +51,8 @@ pub fn estimate(args: &PlanArgs) -> Result<()> {
         WeightsFlag::Fp8 => WeightType::Fp8,
     };
     let work = TeacherWork::new(&config, seq_len);
+    let memory = args.memory.map(|gigabytes| gigabytes * 1e9);
+    let job = Job { config: &config, weights, seq_len, tokens, batch_tokens: batch as u64, memory };
     let names: Vec<&str> = match args.hardware.is_empty() && measured.is_none() {
         true => PRESETS.to_vec(),
         false => args.hardware.iter().map(String::as_str).collect(),
@@ -70,7 +74,7 @@ pub fn estimate(args: &PlanArgs) -> Result<()> {
         bytes as f64 / (sequences * seq_len) as f64,
     ));
     for hardware in &machines {
-        let ways = estimates(&work, weights, hardware, batch as f64, args.memory.map(|gigabytes| gigabytes * 1e9));
+        let ways = estimates(&job, hardware);
         let forecast = Forecast { hardware, estimates: &ways, tokens };
         text.push_str(&forecast.text());
         json.push(forecast.json());

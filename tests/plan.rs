@@ -4,8 +4,9 @@ mod small_run;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use limbeck::models::llama4::shapes;
 use serde_json::Value;
 use small_run::limbeck;
 
@@ -198,4 +199,52 @@ fn a_machine_measures_itself_and_is_planned_for() {
     let missing = folder.path("nowhere").join("here.toml");
     let outcome = limbeck(&["plan".as_ref(), "--calibrate".as_ref(), missing.as_os_str()]);
     assert!(outcome.code == 1 && outcome.stderr.contains("nowhere"), "{}", outcome.stderr);
+}
+
+/// The recipes for clusters, beside a teacher of which there is only the configuration, and a little text.
+#[test]
+fn recipes_for_clusters_parse_plan_and_dry_run() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let bundled = root.join("recipes/quickstart");
+    let put = |from: &Path, to: &str| {
+        let to = folder.path().join(to);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(from, to).unwrap();
+    };
+    put(&bundled.join("text/teacher.parquet"), "data/web/00.parquet");
+    put(&bundled.join("text/student.jsonl"), "data/code/00.jsonl");
+    put(&bundled.join("text/teacher.parquet"), "data/books/00.parquet");
+    put(&bundled.join("tokenizer/tokenizer.json"), "models/behemoth/tokenizer.json");
+    let config = serde_json::to_vec(&shapes::behemoth().to_json()).unwrap();
+    fs::write(folder.path().join("models/behemoth/config.json"), config).unwrap();
+    let run = |recipe: &str, command: &str, more: &[&str]| {
+        let recipe = folder.path().join("recipes/behemoth").join(recipe);
+        let mut arguments: Vec<&OsStr> = vec![command.as_ref(), recipe.as_ref()];
+        arguments.extend(more.iter().map(OsStr::new));
+        let outcome = limbeck(&arguments);
+        assert_eq!(outcome.code, 0, "{command} {more:?}: {}", outcome.stderr);
+        outcome.stdout
+    };
+    for (recipe, parameters) in [("scout.toml", "108B"), ("maverick.toml", "401B")] {
+        put(&root.join("recipes/behemoth").join(recipe), &format!("recipes/behemoth/{recipe}"));
+        for command in ["precompute-teacher-logits", "distill"] {
+            let plan = run(recipe, command, &["--dry-run", "--run-dir", folder.path().join("run").to_str().unwrap()]);
+            assert!(plan.contains(parameters), "{plan}");
+            assert!(!folder.path().join("run").exists(), "a dry run writes nothing");
+        }
+        let plan: Value = serde_json::from_str(&run(
+            recipe,
+            "plan",
+            &["--json", "--hardware", "64xh100", "--hardware", "8xh100", "--weights", "fp8"],
+        ))
+        .unwrap();
+        // The same 1.98e12 parameters that the recipe's own teacher has, whatever its student.
+        near(&plan["teacher"]["parameters"], 1.98e12);
+        let hours = |hardware: usize| way(&plan, hardware, "streamed")["device_hours"].as_f64().unwrap();
+        // Work for work: streaming is bound by products on both, so device-hours are the same.
+        assert!((hours(0) / hours(1) - 1.0).abs() < 1e-3);
+        assert!(way(&plan, 1, "resident on 8")["obstacle"].is_string(), "2 TB do not fit into 8 x 80 GB");
+        assert!(way(&plan, 0, "resident on 64")["obstacle"].is_null(), "they fit into 64 x 80 GB");
+    }
 }

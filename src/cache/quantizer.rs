@@ -206,9 +206,7 @@ impl Quantiser {
     #[inline]
     pub(crate) fn log_probs(&self, levels: &[u16], tail: u8, log_probs: &mut Vec<f32>) {
         let base = match self.kind {
-            RowKind::Exact if !levels.is_empty() => {
-                self.mass_logs[tail as usize] - ln(self.sum_of_squares(levels))
-            }
+            RowKind::Exact if !levels.is_empty() => self.mass_logs[tail as usize] - ln(self.sum_of_squares(levels)),
             _ => 0.0,
         };
         log_probs.extend(levels.iter().map(|level| (base + self.logs[*level as usize]) as f32));

@@ -12,6 +12,6 @@ pub mod work;
 
 pub use calibrate::{Calibration, calibrate};
 pub use hardware::{Hardware, PRESETS, Rates};
-pub use modes::{Estimate, Mode, estimates};
+pub use modes::{Estimate, Job, Mode, estimates};
 pub use report::{Forecast, teacher_text};
 pub use work::{TeacherWork, WeightType};

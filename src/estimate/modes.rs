@@ -1,7 +1,11 @@
 //! The ways of running a teacher, each with its memory, its time and why it does not fit.
 
+use std::path::PathBuf;
+
 use super::hardware::Hardware;
 use super::work::{TeacherWork, WeightType};
+use crate::models::DecoderConfig;
+use crate::teacher::{MemoryParts, Spill, StreamSettings, resident_memory, streamed_memory};
 
 /// Share of a device's memory that may be planned with; the rest is the driver's, the allocator's and the unforeseen.
 const USABLE: f64 = 0.92;
@@ -9,6 +13,8 @@ const USABLE: f64 = 0.92;
 const HEAD_ROWS: f64 = 256.0;
 /// Hidden states are kept in f32.
 const STATE_BYTES: f64 = 4.0;
+/// What the program takes of the processor's memory beside a teacher: itself, text, tokenizer, a shard in the making.
+const PROGRAM: u64 = 80 << 20;
 /// Activations are sent between devices in bf16.
 const SENT_BYTES: f64 = 2.0;
 
@@ -24,11 +30,6 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// Whether this version of the program can run it.
-    pub fn is_implemented(self) -> bool {
-        !matches!(self, Mode::Resident { group: 2.. })
-    }
-
     pub fn name(self) -> String {
         match self {
             Mode::Resident { group: 1 } => "resident".into(),
@@ -77,20 +78,80 @@ impl Estimate {
     }
 }
 
+/// What is to be run.
+#[derive(Debug, Clone, Copy)]
+pub struct Job<'a> {
+    pub config: &'a DecoderConfig,
+    pub weights: WeightType,
+    /// Tokens of a sequence.
+    pub seq_len: u64,
+    /// Tokens of all sequences.
+    pub tokens: f64,
+    /// Tokens of one forward pass.
+    pub batch_tokens: u64,
+    /// Bytes that a streamed teacher may take on a device, if not all that can be planned with.
+    pub memory: Option<f64>,
+}
+
 /// Every way of running the teacher on the hardware: those that fit first, the cheapest (the fastest, for all devices
 /// are paid for) of them first of all.
-pub fn estimates(
-    work: &TeacherWork,
-    weights: WeightType,
-    hardware: &Hardware,
-    batch_tokens: f64,
-    memory: Option<f64>,
-) -> Vec<Estimate> {
+pub fn estimates(job: &Job<'_>, hardware: &Hardware) -> Vec<Estimate> {
+    let work = &TeacherWork::new(job.config, job.seq_len);
+    let (weights, batch) = (job.weights, job.batch_tokens as f64);
     let groups = (0..).map(|power| 1u64 << power).take_while(|group| *group <= hardware.device_count());
-    let mut all: Vec<Estimate> = groups.map(|group| resident(work, weights, hardware, batch_tokens, group)).collect();
-    all.push(streamed(work, weights, hardware, batch_tokens, memory));
+    let mut all: Vec<Estimate> = groups.map(|group| resident(work, weights, hardware, batch, group)).collect();
+    all.push(streamed(work, weights, hardware, batch, job.memory));
+    if hardware.is_processor() && hardware.device_count() == 1 {
+        all = all.into_iter().map(|estimate| on_the_processor(estimate, job, hardware, work)).collect();
+    }
     all.sort_by(|a, b| b.fits().cmp(&a.fits()).then(b.rate.total_cmp(&a.rate)));
     all
+}
+
+/// The same on the processor this program runs on, whose memory is counted as the runners themselves count it.
+fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, work: &TeacherWork) -> Estimate {
+    let weight = job.weights.bytes().max(2.0) as u64;
+    let usable = USABLE * hardware.device_memory as f64;
+    let (parts, usable): (MemoryParts, f64) = match estimate.mode {
+        Mode::Resident { .. } => (resident_memory(job.config, job.seq_len, job.batch_tokens, weight), usable),
+        Mode::Streamed => {
+            let memory = job.memory.unwrap_or(usable);
+            let settings = StreamSettings {
+                memory: memory as u64,
+                taken: vec![("the program", PROGRAM + memory as u64 / 16)],
+                batch_tokens: job.batch_tokens,
+                sweep_tokens: None,
+                spill: Spill::Auto,
+                spill_dir: PathBuf::new(),
+            };
+            match streamed_memory(job.config, job.seq_len, &settings, weight) {
+                Ok((mut parts, sweep)) => {
+                    // The end of the data ends a sweep as well, and takes of it what it has tokens.
+                    let tokens = (sweep as f64).min(job.tokens.max(job.seq_len as f64));
+                    parts[1].1 = (parts[1].1 as f64 * tokens / sweep as f64) as u64;
+                    let sweeps = (job.tokens / tokens).max(1.0);
+                    let compute = tokens * hardware.seconds_per_token(work);
+                    let experts = work.experts.min(tokens * work.chosen_experts);
+                    let read = (work.dense + experts + work.embedding + work.head) * job.weights.bytes();
+                    let disk = read / hardware.disk_bandwidth;
+                    estimate.times = vec![("products", compute), ("disk", disk)];
+                    estimate.seconds = compute.max(disk);
+                    estimate.tokens_at_once = tokens;
+                    estimate.rate = job.tokens / (sweeps * estimate.seconds);
+                    estimate.bottleneck = if compute >= disk { "products" } else { "disk" };
+                    (parts, memory)
+                }
+                Err(error) => {
+                    estimate.obstacle = Some(error.to_string());
+                    return estimate;
+                }
+            }
+        }
+    };
+    estimate.memory = parts.into_iter().map(|(name, bytes)| (name, bytes as f64)).collect();
+    estimate.memory.push(("the program", PROGRAM as f64));
+    estimate.obstacle = obstacle(estimate.bytes(), usable);
+    estimate
 }
 
 /// Activations of a batch while one layer works: the states, a normed copy, and the widest inner row twice.
@@ -196,8 +257,12 @@ fn finish(
     rate: f64,
 ) -> Estimate {
     let bytes: f64 = memory.iter().map(|(_, bytes)| bytes).sum();
-    let obstacle = (bytes > usable)
-        .then(|| format!("needs {:.1} GB on each device, and {:.1} GB are usable", bytes / 1e9, usable / 1e9));
+    let obstacle = obstacle(bytes, usable);
     let bottleneck = times.iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("nothing", |(name, _)| name);
     Estimate { mode, memory, obstacle, tokens_at_once, times, seconds, rate, bottleneck }
+}
+
+fn obstacle(bytes: f64, usable: f64) -> Option<String> {
+    (bytes > usable)
+        .then(|| format!("needs {:.1} GB on each device, and {:.1} GB are usable", bytes / 1e9, usable / 1e9))
 }

@@ -63,7 +63,7 @@ impl Forecast<'_> {
             let hours = estimate.device_hours(hardware, self.tokens);
             let cost = hardware.price.map(|price| format!(", costs {}", thousands((price * hours).round() as u64)));
             rows.push([
-                format!("{}{}", estimate.mode.name(), if estimate.mode.is_implemented() { "" } else { " *" }),
+                estimate.mode.name(),
                 short_bytes(estimate.bytes() as u64),
                 short_count(estimate.tokens_at_once as u64),
                 thousands(estimate.rate.round() as u64),
@@ -98,9 +98,6 @@ impl Forecast<'_> {
                 writeln!(text, "  {}: {obstacle}", estimate.mode.name()).expect("writing to a string");
             }
         }
-        if self.estimates.iter().any(|estimate| estimate.fits() && !estimate.mode.is_implemented()) {
-            text.push_str("  * this version cannot run it yet\n");
-        }
         text
     }
 
@@ -115,7 +112,6 @@ impl Forecast<'_> {
             .map(|estimate| {
                 json!({
                     "mode": estimate.mode.name(),
-                    "implemented": estimate.mode.is_implemented(),
                     "obstacle": estimate.obstacle,
                     "memory_bytes": parts(&estimate.memory),
                     "tokens_at_once": estimate.tokens_at_once,

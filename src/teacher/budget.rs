@@ -69,6 +69,40 @@ pub(super) struct Fit {
     pub head_ahead: bool,
     /// Whether what a sweep begins with fits beside the head's last block.
     pub next_sweep_ahead: bool,
+    /// Bytes beside the hidden states of a sweep and what is known of its tokens.
+    pub fixed: u64,
+    /// Bytes of these.
+    pub sweep: u64,
+}
+
+/// Bytes that a teacher takes of the processor's memory, each part by its name.
+pub type MemoryParts = Vec<(&'static str, u64)>;
+
+/// What a resident teacher takes when `batch_tokens` in sequences of `seq_len` run at once; weights have `weight` bytes.
+pub fn resident_memory(config: &DecoderConfig, seq_len: u64, batch_tokens: u64, weight: u64) -> MemoryParts {
+    let threads = rayon::current_num_threads() as u64;
+    let parts = Parts { config, width: weight, reading: weight, seq_len, threads };
+    vec![
+        ("weights", weight * config.parameter_counts().0),
+        ("activations", parts.scratch(batch_tokens) + 8 * parts.hidden() * batch_tokens),
+        ("logits", parts.logits(HEAD_ROWS as u64)),
+    ]
+}
+
+/// What a streamed teacher takes, and the tokens of its sweep.
+///
+/// # Errors
+/// When not even one sequence fits, as the teacher itself says it.
+pub fn streamed_memory(
+    config: &DecoderConfig,
+    seq_len: u64,
+    settings: &StreamSettings,
+    weight: u64,
+) -> Result<(MemoryParts, u64)> {
+    let fit = Fit::new(config, seq_len as usize, settings, WeightBytes { kept: weight, reading: weight }, true)?;
+    let taken: u64 = settings.taken.iter().map(|(_, bytes)| bytes).sum();
+    let parts = vec![("weights and what works", fit.fixed - taken), ("states of the sweep", fit.sweep)];
+    Ok((parts, fit.sweep_sequences as u64 * seq_len))
 }
 
 /// Bytes of one weight.
@@ -275,6 +309,8 @@ impl Fit {
             head_rows,
             head_ahead,
             next_sweep_ahead,
+            fixed: taken + phase,
+            sweep: sweep_sequences * length * parts.sweep_token(spill),
         })
     }
 }

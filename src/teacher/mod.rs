@@ -19,7 +19,7 @@ pub mod streamed;
 mod sweep;
 mod wire;
 
-pub use budget::{Spill, StreamSettings};
+pub use budget::{MemoryParts, Spill, StreamSettings, resident_memory, streamed_memory};
 pub use resident::ResidentTeacher;
 pub use sharded::{ShardSettings, ShardedTeacher};
 pub use streamed::{StreamCounts, StreamedTeacher};
