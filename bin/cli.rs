@@ -150,7 +150,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "NAME|FILE")]
     pub hardware: Vec<String>,
 
-    /// Measure this machine for half a minute and write it as hardware into a TOML file; a recipe is then planned for it
+    /// Measure this machine for some seconds and write it as hardware into a TOML file; a recipe is then planned for it
     #[arg(long, value_name = "FILE")]
     pub calibrate: Option<PathBuf>,
 

@@ -147,13 +147,13 @@ fn all_probes() -> Result<Vec<Probe>> {
     };
     let experts = experts.decoder(Path::new("probe"))?;
     Ok(vec![
-        dense("wide layers", [1024, 2, 4096, 16, 512], 4, 256)?,
-        dense("narrow layers", [256, 8, 768, 4, 512], 8, 256)?,
+        dense("wide layers", [1024, 1, 4096, 16, 512], 2, 256)?,
+        dense("narrow layers", [256, 8, 768, 4, 512], 4, 256)?,
         dense("many narrow layers", [128, 12, 384, 2, 512], 16, 128)?,
         dense("long sequences", [256, 2, 512, 4, 512], 1, 4096)?,
-        dense("large vocabulary", [64, 1, 128, 1, 65_536], 4, 128)?,
-        dense("vocabulary and layers", [576, 4, 1536, 9, 32_768], 4, 256)?,
-        Probe { name: "experts", config: experts, sequences: 8, seq_len: 256 },
+        dense("large vocabulary", [64, 1, 128, 1, 65_536], 2, 128)?,
+        dense("vocabulary and layers", [576, 2, 1536, 9, 16_384], 2, 256)?,
+        Probe { name: "experts", config: experts, sequences: 4, seq_len: 256 },
     ])
 }
 
