@@ -179,8 +179,10 @@ fn read(dir: &Path) -> Result<()> {
     thread.install(all)?;
     let (bytes, seconds) = (reader.bytes_read() - before, began.elapsed().as_secs_f64());
     println!(
-        "{{\"bench\": \"read\", \"bytes_read\": {bytes}, \"bytes_per_second\": {:.0}, \"peak_mib\": {}}}",
+        "{{\"bench\": \"read\", \"bytes_read\": {bytes}, \"bytes_per_second\": {:.0}, \"processors\": {}, \
+         \"peak_mib\": {}}}",
         bytes as f64 / seconds,
+        rayon::current_num_threads(),
         peak_mib()
     );
     Ok(())
