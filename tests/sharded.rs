@@ -49,7 +49,7 @@ fn sequences(vocab: usize, count: usize) -> Vec<PackedSequence> {
 
 fn config_of(dir: &Path) -> DecoderConfig {
     let reader = CheckpointReader::open(dir).unwrap();
-    read_config(&dir.join("config.json"), reader.config()).unwrap()
+    read_config(reader.config_path(), reader.config()).unwrap()
 }
 
 fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSettings {
@@ -159,6 +159,46 @@ fn a_teacher_with_experts_on_two_to_four_devices_gives_what_it_gives_on_one() {
         let dir = folder.path().join(name);
         write_random(config, &dir, 3);
         check_meshes(&dir, Selection::default(), &[&EXPERT_MESHES[..], &DENSE_MESHES].concat(), 11);
+    }
+}
+
+#[test]
+fn every_form_of_weights_can_be_divided() {
+    let two = |mesh: Mesh| mesh.size() == 2;
+    let meshes: Vec<Mesh> = DENSE_MESHES.into_iter().chain(EXPERT_MESHES).filter(|mesh| two(*mesh)).collect();
+    assert_eq!(meshes.len(), 4);
+    let forms = [
+        "llama4/scout_tiny_bf16_sharded",
+        "llama4/maverick_tiny_meta_native",
+        "quantised/fp8_channels",
+        "quantised/fp8_fused",
+        "gguf/llama4.gguf",
+    ];
+    for name in forms {
+        check_meshes(&fixture(name), Selection::TopK { k: 8 }, &meshes, 5);
+    }
+}
+
+/// Weights as tensors, as devices beside the processor have them, instead of packed ones.
+#[test]
+fn weights_as_tensors_are_divided_as_packed_ones_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("teacher");
+    write_random(divisible(4, 300, 2), &dir, 3);
+    let (device, sequences) = (Device::flex().autodiff(), sequences(300, 7));
+    let resident = ResidentTeacher::open(&dir, &device, Selection::TopK { k: 8 }, &[1.0, 2.0]).unwrap();
+    let expected = joined(&resident.targets(&sequences, 5).unwrap());
+    let meshes = [
+        Mesh { expert: 3, ..ONE },
+        Mesh { tensor: 4, ..ONE },
+        Mesh { pipeline: 2, ..ONE },
+        Mesh { expert: 2, tensor: 2, ..ONE },
+    ];
+    for mesh in meshes {
+        let settings = settings(&dir, mesh, Selection::TopK { k: 8 });
+        let mut teacher = ShardedTeacher::in_process(&settings, &vec![device.clone(); mesh.size()]).unwrap();
+        let found = joined(&teacher.targets(&numbered(&sequences)).unwrap());
+        assert_close(&mesh.to_string(), &found, &expected);
     }
 }
 
