@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
 use limbeck::checkpoint::{CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors};
-use limbeck::models::llama4::Llama4Config;
+use limbeck::models::llama4::{Llama4Config, sharding};
 use limbeck::models::{Decoder, DecoderConfig, RandomWeights, read_config};
-use limbeck::parallel::{Collective, Mesh, Operation, in_process};
+use limbeck::parallel::{Axis, Collective, Mesh, Operation, in_process};
 use limbeck::selection::Selection;
 use limbeck::targets::{PackedSequence, SparseTargets};
 use limbeck::teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, sharded};
@@ -49,7 +49,7 @@ fn sequences(vocab: usize, count: usize) -> Vec<PackedSequence> {
 
 fn config_of(dir: &Path) -> DecoderConfig {
     let reader = CheckpointReader::open(dir).unwrap();
-    read_config(&dir.join("config.json"), reader.config()).unwrap()
+    read_config(reader.config_path(), reader.config()).unwrap()
 }
 
 fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSettings {
@@ -159,6 +159,50 @@ fn a_teacher_with_experts_on_two_to_four_devices_gives_what_it_gives_on_one() {
         let dir = folder.path().join(name);
         write_random(config, &dir, 3);
         check_meshes(&dir, Selection::default(), &[&EXPERT_MESHES[..], &DENSE_MESHES].concat(), 11);
+    }
+}
+
+#[test]
+fn every_form_of_weights_can_be_divided() {
+    let forms = [
+        "llama4/scout_tiny_bf16_sharded",
+        "llama4/maverick_tiny_meta_native",
+        "quantised/fp8_channels",
+        "quantised/fp8_fused",
+        "gguf/llama4.gguf",
+    ];
+    for name in forms {
+        // Some have two heads, some three experts.
+        let config = config_of(&fixture(name));
+        let fits = |mesh: &Mesh| sharding::check(&config, mesh).is_ok();
+        let meshes: Vec<Mesh> = DENSE_MESHES.into_iter().chain(EXPERT_MESHES).filter(fits).collect();
+        for axis in [Axis::Data, Axis::Pipeline, Axis::Expert, Axis::Tensor] {
+            assert!(meshes.iter().any(|mesh| mesh.along(axis) > 1), "{name}: {axis:?}");
+        }
+        check_meshes(&fixture(name), Selection::TopK { k: 8 }, &meshes, 5);
+    }
+}
+
+/// Weights as tensors, as devices beside the processor have them, instead of packed ones.
+#[test]
+fn weights_as_tensors_are_divided_as_packed_ones_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("teacher");
+    write_random(divisible(4, 300, 2), &dir, 3);
+    let (device, sequences) = (Device::flex().autodiff(), sequences(300, 7));
+    let resident = ResidentTeacher::open(&dir, &device, Selection::TopK { k: 8 }, &[1.0, 2.0]).unwrap();
+    let expected = joined(&resident.targets(&sequences, 5).unwrap());
+    let meshes = [
+        Mesh { expert: 3, ..ONE },
+        Mesh { tensor: 4, ..ONE },
+        Mesh { pipeline: 2, ..ONE },
+        Mesh { expert: 2, tensor: 2, ..ONE },
+    ];
+    for mesh in meshes {
+        let settings = settings(&dir, mesh, Selection::TopK { k: 8 });
+        let mut teacher = ShardedTeacher::in_process(&settings, &vec![device.clone(); mesh.size()]).unwrap();
+        let found = joined(&teacher.targets(&numbered(&sequences)).unwrap());
+        assert_close(&mesh.to_string(), &found, &expected);
     }
 }
 

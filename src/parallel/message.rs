@@ -89,7 +89,7 @@ mod tests {
         let mut incoming = Incoming::new(&bytes);
         assert_eq!(incoming.number().unwrap(), 7);
         assert_eq!(incoming.list::<f32>().unwrap(), [1.5, -2.0]);
-        assert_eq!(incoming.list::<u8>().unwrap(), Vec::<u8>::new());
+        assert!(incoming.list::<u8>().unwrap().is_empty());
         assert_eq!(incoming.list::<u64>().unwrap(), [3]);
         let message = incoming.number().unwrap_err().to_string();
         assert_eq!(
