@@ -7,6 +7,7 @@ use super::schema::{
     CacheSection, ControlSection, DataSection, LearningRateSection, LossSection, Recipe, RunSection, Shape,
     StudentSection, TeacherSection, TrainSection,
 };
+use super::tap::TapSection;
 use crate::data::DataSource;
 
 /// A table of the recipe: its path, with `[]` after a list, and its keys.
@@ -14,6 +15,9 @@ pub(super) struct Section {
     pub path: &'static str,
     pub keys: &'static [&'static str],
 }
+
+/// Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
+const SELECTION_KEYS: &[&str] = &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"];
 
 /// Every table a recipe can hold, in pipeline order; the first is the recipe itself.
 pub(super) fn sections() -> Vec<Section> {
@@ -27,8 +31,7 @@ pub(super) fn sections() -> Vec<Section> {
         section::<DataSource>("data.held_out[]"),
         section::<TeacherSection>("teacher"),
         section::<CacheSection>("cache"),
-        // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
-        Section { path: "cache.selection", keys: &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"] },
+        Section { path: "cache.selection", keys: SELECTION_KEYS },
         section::<StudentSection>("student"),
         section::<Shape>("student.shape"),
         section::<ControlSection>("control"),
@@ -41,6 +44,8 @@ pub(super) fn sections() -> Vec<Section> {
         },
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
+        section::<TapSection>("tap"),
+        Section { path: "tap.selection", keys: SELECTION_KEYS },
         section::<RunSection>("run"),
     ]
 }

@@ -7,6 +7,7 @@
 
 mod ahead;
 mod budget;
+mod head;
 mod predictions;
 pub mod resident;
 mod states;
@@ -14,5 +15,6 @@ pub mod streamed;
 mod sweep;
 
 pub use budget::{Spill, StreamSettings};
+pub use head::HeadTargets;
 pub use resident::ResidentTeacher;
 pub use streamed::{StreamCounts, StreamedTeacher};
