@@ -29,7 +29,12 @@ fn settings(seq_len: usize, sequences_per_shard: usize, codec: Codec, has_target
         levels: None,
         log_normalizer: None,
         soft_targets: has_targets.then(|| SoftTargetSettings {
-            teacher: TeacherIdentity { name: "bench".into(), fingerprint: "bench".into(), dtype: "f32".into() },
+            teacher: TeacherIdentity {
+                name: "bench".into(),
+                fingerprint: "bench".into(),
+                dtype: "f32".into(),
+                in_training: None,
+            },
             selection: Selection::TopK { k: KEPT },
             temperatures: vec![1.0],
         }),

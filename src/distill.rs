@@ -5,8 +5,8 @@ use std::{path::Path, time::Instant};
 use burn::tensor::Device;
 
 use crate::{
-    cache::{CacheReader, Summary},
-    checkpoint::latest_checkpoint,
+    cache::{CacheReader, Summary, TeacherIdentity, TokenizerIdentity},
+    checkpoint::{CheckpointReader, latest_checkpoint},
     error::{Error, Result},
     eval::{
         cache_page,
@@ -21,6 +21,7 @@ use crate::{
     recipe::Recipe,
     run::RunOptions,
     selection::Selection,
+    tap::CacheTap,
     targets::{TargetKind, TargetSource},
     train::{
         TrainConfig, TrainOutput, Trainer,
@@ -56,6 +57,9 @@ pub fn report(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
     inputs.plan.set_sequence_count(caches.train.sequence_count())?;
     Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? }.report()
 }
+
+/// What the fingerprint of a teacher in training starts with: it is of the run, and not of weights.
+const IN_TRAINING: &str = "training:";
 
 struct Run<'a> {
     recipe: &'a Recipe,
@@ -138,8 +142,9 @@ impl Run<'_> {
 
     fn train(&self, role: Role, mut trainer: Trainer) -> Result<()> {
         let (train, plan) = (&self.recipe.train, &self.inputs.plan);
+        let mut tap = if role == Role::Student { self.tap(&trainer)? } else { None };
         if trainer.step_count() == plan.steps {
-            return Ok(());
+            return tap.map_or(Ok(()), CacheTap::finish);
         }
         let output = TrainOutput {
             dir: self.arm_dir(role),
@@ -147,6 +152,7 @@ impl Run<'_> {
             metrics: self.metrics(),
             progress: Progress::new(role.name(), plan.trained_tokens, Unit::Tokens),
             stop: self.options.stop.clone(),
+            tap: tap.as_mut().map(|tap| tap as _),
             evaluate: self.caches.held_out.as_ref().map(|held_out| {
                 let bytes_per_token = bytes_per_token(held_out);
                 let tokens = train.evaluate_tokens;
@@ -164,7 +170,38 @@ impl Run<'_> {
                 }) as _
             }),
         };
-        trainer.run(&self.caches.train, output)
+        trainer.run(&self.caches.train, output)?;
+        tap.map_or(Ok(()), CacheTap::finish)
+    }
+
+    /// What the student predicts while it is trained, as a cache, from where the trainer is.
+    fn tap(&self, trainer: &Trainer) -> Result<Option<CacheTap>> {
+        let (recipe, plan) = (self.recipe, &self.inputs.plan);
+        let Some(section) = &recipe.tap else { return Ok(None) };
+        let train = &self.caches.train.manifest().settings;
+        let start = match &recipe.student.checkpoint {
+            Some(checkpoint) => CheckpointReader::open(checkpoint)?.fingerprint()?,
+            None => format!("{} {}", recipe.student.init_seed.unwrap_or(recipe.seed), recipe.student.init_std()),
+        };
+        let run = serde_json::json!([trainer.identity(), start]);
+        let steps = section.steps(plan.steps, plan.sequences_per_step);
+        // What is seen, and in which order, follows from the cache that is trained on and from the run.
+        let data = serde_json::json!([trainer.identity()["data"], trainer.identity()["seed"], steps]);
+        let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
+        let teacher = TeacherIdentity {
+            name: recipe.name.clone(),
+            fingerprint: format!("{IN_TRAINING}{}", hash(run)),
+            dtype: "f32".into(),
+            in_training: Some(steps),
+        };
+        let tokenizer = TokenizerIdentity {
+            fingerprint: train.tokenizer.fingerprint.clone(),
+            vocab_size: self.inputs.student.vocab_size,
+        };
+        let settings = section.settings(teacher, hash(data), tokenizer, train.seq_len);
+        let token_bytes = self.inputs.tokenizer.token_byte_lengths();
+        let checkpoint = latest_checkpoint(self.arm_dir(Role::Student))?.map(|(_, path)| path);
+        CacheTap::resume(&plan.tap_dir(), settings, token_bytes, trainer.step_count(), checkpoint.as_deref()).map(Some)
     }
 
     fn report(&self) -> Result<Report> {

@@ -50,6 +50,7 @@ impl Inputs {
         check_tokenizers(recipe, &tokenizer)?;
         let student = recipe.student_config(&tokenizer)?;
         recipe.check_seq_len("the student", student.max_position)?;
+        recipe.check_tap(u64::MAX, student.vocab_size)?;
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;

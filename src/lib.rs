@@ -78,6 +78,7 @@ pub mod remote;
 pub mod run;
 pub mod schedule;
 pub mod selection;
+pub mod tap;
 pub mod targets;
 pub mod teacher;
 pub mod tokenizer;

@@ -241,6 +241,7 @@ impl<'a> Filler<'a> {
                 name: section.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                 fingerprint: reader.fingerprint()?,
                 dtype: "f32".into(),
+                in_training: None,
             }),
             (Some(section), None) => Some(match served::finished(section, inputs) {
                 Some(identity) => identity,
@@ -248,7 +249,8 @@ impl<'a> Filler<'a> {
                     let remote = served::connect(recipe, section, inputs, options)?;
                     let (fingerprint, dtype) = (remote.fingerprint(), remote.precision());
                     teacher = Some(Teacher::Remote(Box::new(remote)));
-                    TeacherIdentity { name: section.model.clone().unwrap_or_default(), fingerprint, dtype }
+                    let name = section.model.clone().unwrap_or_default();
+                    TeacherIdentity { name, fingerprint, dtype, in_training: None }
                 }
             }),
         };
@@ -484,7 +486,7 @@ impl<'a> Filler<'a> {
                 if let Some(position) = &asked.position {
                     writer.set_position(asked.number + 1, position.clone());
                 }
-                let bytes = text_bytes(token_bytes, &asked.sequence);
+                let bytes = asked.sequence.text_bytes(token_bytes);
                 let began = Instant::now();
                 writer.push(asked.sequence.clone(), targets, bytes)?;
                 *writing += began.elapsed();
@@ -565,12 +567,6 @@ struct Asked {
     sequence: PackedSequence,
     /// Where the loader is after it, at the ends of shards.
     position: Option<serde_json::Value>,
-}
-
-/// Bytes of raw text that the predicted tokens stand for.
-fn text_bytes(token_bytes: &[u32], sequence: &PackedSequence) -> u64 {
-    let predicted = (0..sequence.seq_len()).filter(|&t| sequence.is_valid(t)).map(|t| sequence.tokens[t + 1]);
-    predicted.map(|id| token_bytes.get(id as usize).copied().unwrap_or(0) as u64).sum()
 }
 
 /// The teacher, loaded if it is not.

@@ -30,6 +30,12 @@ impl PackedSequence {
     pub fn is_valid(&self, t: usize) -> bool {
         self.segments[t] != PADDING && self.segments[t] == self.segments[t + 1]
     }
+
+    /// Bytes of raw text that the predicted tokens stand for, where each id stands for `token_bytes` of them.
+    pub fn text_bytes(&self, token_bytes: &[u32]) -> u64 {
+        let predicted = (0..self.seq_len()).filter(|&row| self.is_valid(row)).map(|row| self.tokens[row + 1]);
+        predicted.map(|id| token_bytes.get(id as usize).copied().unwrap_or(0) as u64).sum()
+    }
 }
 
 /// What the numbers beside kept ids are.

@@ -124,7 +124,9 @@ fn the_cache_depends_on_no_number_of_connections_servers_or_failures() {
         Fault::Closed,
     ]);
     others[1].fail([Fault::Status(500, None), Fault::CutWithoutLength, Fault::Status(503, None), Fault::Closed]);
-    let noisy = remote(&small, &[&others[0], &others[1]], "concurrency = 6", &["teacher.batch_tokens=40"]);
+    // Slowly enough that whoever rests comes back before all is done.
+    let more = "concurrency = 6\nrequests_per_second = 60";
+    let noisy = remote(&small, &[&others[0], &others[1]], more, &["teacher.batch_tokens=40"]);
     precompute::run(&noisy, &small.options("noisy")).unwrap();
     assert_eq!((others[0].faults_left(), others[1].faults_left()), (0, 0));
     let worked = others.each_ref().map(|server| server.asked().len());
@@ -168,6 +170,12 @@ fn failures_are_tried_again_so_many_times_and_then_said() {
     assert_eq!(
         error(&small, &server, "concurrency = 1", &[]),
         "URL: it answers 401: the engine has other work; name the environment variable with its key in teacher.api_key_env"
+    );
+    server.fail([Fault::Status(422, None)]);
+    assert_eq!(
+        error(&small, &server, "concurrency = 1", &[]),
+        "URL: it answers 422: the engine has other work; it may take text alone and no token ids; see docs/remote.md for \
+         servers that do"
     );
     let url = server.url();
     drop(server);

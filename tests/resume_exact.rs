@@ -107,6 +107,7 @@ fn train(dir: &Path, config: TrainConfig, source: &Source) -> Result<()> {
         metrics: dir.join("metrics.jsonl"),
         progress: Progress::silent(),
         stop: source.stop_at.as_ref().map(|(_, stop)| stop.clone()).unwrap_or_default(),
+        tap: None,
         evaluate: Some(Box::new(|model: &Decoder| {
             let number = source.evaluations.fetch_add(1, Ordering::Relaxed) + 1;
             if let Some((last, stop)) = &source.stop_at

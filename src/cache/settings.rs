@@ -61,6 +61,51 @@ pub struct TeacherIdentity {
     pub fingerprint: String,
     /// The number format it ran in.
     pub dtype: String,
+    /// Of a model in training: when it spoke. `None` of one that was done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_training: Option<TrainingSteps>,
+}
+
+/// The steps of a training run whose forward passes targets come from, counted from 1: those of step `s` are of the
+/// weights after `s - 1` steps. The sequences of one step follow those of the one before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingSteps {
+    pub from_step: u64,
+    /// From one step to the next.
+    pub every: u64,
+    /// Of the run, whether targets come from it or not.
+    pub last_step: u64,
+    pub sequences_per_step: u64,
+}
+
+impl TrainingSteps {
+    /// Whether targets come from a step.
+    pub fn has(&self, step: u64) -> bool {
+        (self.from_step..=self.last_step).contains(&step) && (step - self.from_step).is_multiple_of(self.every)
+    }
+
+    /// Sequences of all steps.
+    pub fn sequences(&self) -> u64 {
+        self.sequences_until(self.last_step)
+    }
+
+    /// Sequences of the steps up to one, with its own.
+    pub fn sequences_until(&self, step: u64) -> u64 {
+        let step = step.min(self.last_step);
+        if step < self.from_step { 0 } else { ((step - self.from_step) / self.every + 1) * self.sequences_per_step }
+    }
+
+    /// The step that a sequence of the cache comes from.
+    pub fn step_of(&self, sequence: u64) -> u64 {
+        self.from_step + sequence / self.sequences_per_step * self.every
+    }
+
+    /// Whether there is a sequence at all, and their number has 64 bits.
+    fn is_possible(&self) -> bool {
+        let steps = (1..=self.last_step).contains(&self.from_step) && self.every > 0 && self.sequences_per_step > 0;
+        steps && self.last_step.checked_mul(self.sequences_per_step).is_some()
+    }
 }
 
 impl CacheSettings {
@@ -108,6 +153,13 @@ impl CacheSettings {
                 _ => Ok(()),
             };
         };
+        if let Some(steps) = soft_targets.teacher.in_training.as_ref().filter(|steps| !steps.is_possible()) {
+            let problem = format!(
+                "no targets come from every {} steps of {} sequences, from step {} to {}",
+                steps.every, steps.sequences_per_step, steps.from_step, steps.last_step
+            );
+            return Err(Error::usage(problem, "count steps from 1, and give at least one that the run has"));
+        }
         let rounds = self.codec.default_levels().is_some();
         if rounds && soft_targets.selection.kind() == TargetKind::Sampled && soft_targets.temperatures.len() > 1 {
             let problem = format!("the codec `{}` cannot hold drawn ids at several temperatures", self.codec.name());
@@ -206,7 +258,12 @@ pub(super) mod tests {
             levels: None,
             log_normalizer: None,
             soft_targets: Some(SoftTargetSettings {
-                teacher: TeacherIdentity { name: "n".into(), fingerprint: "f".into(), dtype: "f32".into() },
+                teacher: TeacherIdentity {
+                    name: "n".into(),
+                    fingerprint: "f".into(),
+                    dtype: "f32".into(),
+                    in_training: None,
+                },
                 selection: Selection::TopK { k: 4 },
                 temperatures: vec![1.0, 0.7],
             }),
@@ -247,6 +304,12 @@ pub(super) mod tests {
             message(|settings| soft(settings, 1, vec![2.0, 2.0])),
             "temperature 2 is captured twice; name each of [cache] temperatures once"
         );
+        let steps = TrainingSteps { from_step: 9, every: 2, last_step: 8, sequences_per_step: 4 };
+        assert_eq!(
+            message(|settings| settings.soft_targets.as_mut().unwrap().teacher.in_training = Some(steps)),
+            "no targets come from every 2 steps of 4 sequences, from step 9 to 8; count steps from 1, and give at least one \
+             that the run has"
+        );
         assert_eq!(
             message(|settings| settings.seq_len = 0),
             "the cache setting `seq_len` is 0; give a number from 1 to 4294967294"
@@ -264,6 +327,14 @@ pub(super) mod tests {
             message(|settings| settings.split.clear()),
             "the cache setting `split` is empty; name it `train` or `held_out`"
         );
+    }
+
+    #[test]
+    fn sequences_of_a_model_in_training_are_counted_by_steps() {
+        let steps = TrainingSteps { from_step: 2, every: 3, last_step: 9, sequences_per_step: 4 };
+        assert_eq!((1..=11).filter(|step| steps.has(*step)).collect::<Vec<_>>(), [2, 5, 8]);
+        assert_eq!([0, 1, 2, 4, 5, 8, 9, 40].map(|step| steps.sequences_until(step)), [0, 0, 4, 4, 8, 12, 12, 12]);
+        assert_eq!((steps.sequences(), [0, 3, 4, 11].map(|number| steps.step_of(number))), (12, [2, 2, 5, 8]));
     }
 
     #[test]

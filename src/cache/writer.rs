@@ -274,6 +274,11 @@ impl CacheWriter {
         self.seal_if_full()
     }
 
+    /// What was pushed and is in no sealed shard yet, in its order: all that dropping the writer loses.
+    pub fn unsealed(&self) -> impl Iterator<Item = (PackedSequence, Option<SparseTargets>)> {
+        (0..self.counts.sequences as usize).map(|number| self.block.sequence(number, self.settings.seq_len))
+    }
+
     /// Says how many sequences there are in all the data, and seals the last shard if that fills it. Whoever comes to
     /// the end of the data calls this.
     ///

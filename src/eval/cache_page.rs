@@ -123,6 +123,12 @@ fn origin(manifest: &Manifest, summary: &Summary) -> Vec<Fact> {
             Fact::new("temperatures", format!("{:?}", targets.temperatures)),
         ]),
     }
+    let teacher = settings.soft_targets.as_ref().map(|targets| &targets.teacher);
+    if let Some(steps) = teacher.and_then(|teacher| teacher.in_training.as_ref()) {
+        let range = format!("steps {} to {} of its training", steps.from_step, steps.last_step);
+        let every = if steps.every == 1 { String::new() } else { format!(", every {}", steps.every) };
+        facts.push(Fact::new("it spoke at", range + &every));
+    }
     for capture in &summary.captures {
         let loss = format!("{} nats at temperature {:?}", decimal(capture.label_loss, 3), capture.temperature);
         facts.push(Fact::new("teacher's loss on the text", loss));

@@ -191,6 +191,7 @@ fn settings(source: &Source, options: &ImportOptions) -> Result<CacheSettings> {
                 name: options.teacher_name.clone(),
                 fingerprint: options.teacher_fingerprint.clone().unwrap_or(NOT_KNOWN.into()),
                 dtype: format!("not known (imported from {}: tails are 1 - sum, at least 1e-8)", source.format),
+                in_training: None,
             },
             selection: Selection::TopK { k: source.k.min(vocab_size) },
             temperatures: vec![options.temperature],

@@ -1,10 +1,10 @@
 //! What a recipe may say: ranges and contradictions that need nothing but the recipe, and the few checks that need a
 //! model's or tokenizer's numbers.
 
-use super::remote_teacher;
 use super::schema::{
     Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
 };
+use super::{remote_teacher, tap};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
@@ -18,7 +18,8 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     check_student(recipe)?;
     check_loss(recipe)?;
     check_sampled(recipe)?;
-    check_train(recipe)
+    check_train(recipe)?;
+    tap::check(recipe)
 }
 
 impl Recipe {
@@ -80,8 +81,23 @@ impl Recipe {
         Ok(())
     }
 
-    fn positive(&self, key: &str, value: u64) -> Result<()> {
+    pub(super) fn positive(&self, key: &str, value: u64) -> Result<()> {
         if value > 0 { Ok(()) } else { Err(self.error(key, "is 0", "use at least 1")) }
+    }
+
+    /// Refuses a list of temperatures that nothing can be captured at.
+    pub(super) fn check_temperatures(&self, section: &str, temperatures: &[f64]) -> Result<()> {
+        let key = format!("{section}.temperatures");
+        if temperatures.is_empty() {
+            return Err(self.error(&key, "is empty", "use [1.0]"));
+        }
+        for (number, &temperature) in temperatures.iter().enumerate() {
+            self.number(&key, temperature, temperature > 0.0, "above 0 for each temperature")?;
+            if temperatures[..number].contains(&temperature) {
+                return Err(self.error(&key, format!("has {temperature} twice"), "name each temperature once"));
+            }
+        }
+        Ok(())
     }
 
     /// Refuses a number outside a range given in words.
@@ -150,16 +166,7 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
         return Err(recipe.error("cache.top_k", "is given beside `cache.selection`", "give only one of the two"));
     }
     recipe.check_selection(usize::MAX)?;
-    if cache.temperatures.is_empty() {
-        return Err(recipe.error("cache.temperatures", "is empty", "use [1.0]"));
-    }
-    for (number, &temperature) in cache.temperatures.iter().enumerate() {
-        recipe.number("cache.temperatures", temperature, temperature > 0.0, "above 0 for each temperature")?;
-        if cache.temperatures[..number].contains(&temperature) {
-            let problem = format!("has {temperature} twice");
-            return Err(recipe.error("cache.temperatures", problem, "name each temperature once"));
-        }
-    }
+    recipe.check_temperatures("cache", &cache.temperatures)?;
     match &recipe.teacher {
         Some(teacher) => {
             let streamed_only = [

@@ -7,6 +7,7 @@ use super::schema::{
     CacheSection, ControlSection, DataSection, LearningRateSection, LossSection, Recipe, RunSection, Shape,
     StudentSection, TeacherSection, TrainSection,
 };
+use super::tap::TapSection;
 use crate::data::DataSource;
 use crate::parallel::Mesh;
 
@@ -15,6 +16,9 @@ pub(super) struct Section {
     pub path: &'static str,
     pub keys: &'static [&'static str],
 }
+
+/// Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
+const SELECTION_KEYS: &[&str] = &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"];
 
 /// Every table a recipe can hold, in pipeline order; the first is the recipe itself.
 pub(super) fn sections() -> Vec<Section> {
@@ -29,8 +33,7 @@ pub(super) fn sections() -> Vec<Section> {
         section::<TeacherSection>("teacher"),
         section::<Mesh>("teacher.mesh"),
         section::<CacheSection>("cache"),
-        // Of all kinds together, for an enum is not asked for its fields; parsing says which are for which kind.
-        Section { path: "cache.selection", keys: &["kind", "theta", "cap", "k", "p", "threshold", "draws", "seed"] },
+        Section { path: "cache.selection", keys: SELECTION_KEYS },
         section::<StudentSection>("student"),
         section::<Shape>("student.shape"),
         section::<ControlSection>("control"),
@@ -43,6 +46,8 @@ pub(super) fn sections() -> Vec<Section> {
         },
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
+        section::<TapSection>("tap"),
+        Section { path: "tap.selection", keys: SELECTION_KEYS },
         section::<RunSection>("run"),
     ]
 }

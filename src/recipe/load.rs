@@ -91,6 +91,9 @@ impl Recipe {
             // So that a frozen recipe means the same when the default is another one day.
             recipe.cache.selection = Some(recipe.cache.selection());
         }
+        if let Some(tap) = recipe.tap.as_mut().filter(|tap| tap.top_k.is_none()) {
+            tap.selection = Some(tap.selection());
+        }
         Ok(recipe)
     }
 
@@ -367,13 +370,13 @@ fn pad(start: usize, value: Cow<'_, str>) -> String {
 
 /// Removes what an override replaces under another name: a recipe has one of the two.
 fn make_room(table: &mut DeTable, parts: &[&str]) {
-    let other = match parts {
-        ["cache", "top_k", ..] => "selection",
-        ["cache", "selection", ..] => "top_k",
+    let (section, other) = match parts {
+        [section @ ("cache" | "tap"), "top_k", ..] => (*section, "selection"),
+        [section @ ("cache" | "tap"), "selection", ..] => (*section, "top_k"),
         _ => return,
     };
-    if let Some(DeValue::Table(cache)) = table.get_mut("cache").map(Spanned::get_mut) {
-        cache.remove(other);
+    if let Some(DeValue::Table(section)) = table.get_mut(section).map(Spanned::get_mut) {
+        section.remove(other);
     }
 }
 

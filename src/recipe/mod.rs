@@ -16,8 +16,10 @@ mod remote_teacher;
 mod schema;
 mod selection_key;
 mod student;
+mod tap;
 mod url_key;
 
 pub use keys::all_keys;
 pub use plan::{MemoryEstimate, ModelSize, Plan, SequenceCount, cache_bytes};
 pub use schema::*;
+pub use tap::TapSection;

@@ -231,6 +231,11 @@ impl Plan {
         (self.student, self.teacher) = (Some(student), teacher);
     }
 
+    /// Where the student's own predictions go, if the recipe asks for them.
+    pub fn tap_dir(&self) -> PathBuf {
+        self.run_dir.join("tap")
+    }
+
     /// The whole plan as JSON, as plan.json holds it.
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a plan has no maps with keys other than text")
@@ -249,6 +254,7 @@ impl Plan {
         }
         .max(1);
         recipe.check_warm_up(self.steps)?;
+        recipe.check_tap(self.steps, usize::MAX)?;
         self.trained_tokens = self.steps.saturating_mul(self.sequences_per_step).saturating_mul(seq_len);
         self.epochs = (self.steps as f64) * self.sequences_per_step as f64 / sequences.max(1) as f64;
         let temperature_count = if recipe.has_soft_targets() { recipe.cache.temperatures.len() as u64 } else { 0 };
@@ -400,6 +406,17 @@ impl fmt::Display for Plan {
             ),
         )?;
         line("", rate(&recipe.train.lr.learning_rate()))?;
+        if let Some(tap) = &recipe.tap {
+            let sequences = tap.steps(self.steps, self.sequences_per_step).sequences();
+            let (selection, temperatures) = (tap.selection(), &tap.temperatures);
+            let bytes =
+                cache_bytes(tap.codec, sequences, seq_len as u64, selection.usual_ids(), temperatures.len() as u64);
+            line("tap", format!("{}, about {}", self.tap_dir().display(), short_bytes(bytes)))?;
+            let (every, from_step) = (tap.every, tap.from_step);
+            let steps = if every == 1 { "every step".to_string() } else { format!("every {every} steps") };
+            let kept = format!("{}, at temperature {temperatures:?}", selection.summary());
+            line("", format!("{sequences} sequences, of {steps} from step {from_step}: {kept}"))?;
+        }
         if recipe.has_control() {
             line("control", "the same once more, on the text alone".into())?;
             line("", rate(&recipe.control_learning_rate()))?;

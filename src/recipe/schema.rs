@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::load::Origin;
+use super::tap::TapSection;
 use crate::cache::Codec;
 use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
 use crate::loss::{Divergence, Tail, Weighting};
@@ -38,6 +39,8 @@ pub struct Recipe {
     #[serde(default)]
     pub loss: LossSection,
     pub train: TrainSection,
+    /// When present, what the student predicts while it is trained becomes a cache.
+    pub tap: Option<TapSection>,
     #[serde(default)]
     pub run: RunSection,
     /// Which file, line or `--set` each key came from, for messages.

@@ -167,6 +167,7 @@ pub(super) fn refused(url: &str, status: Option<u16>, problem: &str) -> Error {
         Some(300..=399 | 404 | 405) => {
             "give the address that OpenAI's interface is below, as in http://host:8000/v1, of vLLM or SGLang"
         }
+        Some(422) => "it may take text alone and no token ids; see docs/remote.md for servers that do",
         Some(_) => "its log may say more; see docs/remote.md for how to start it",
         None => "see that the address is right, and docs/remote.md for how to start a server",
     };

@@ -8,6 +8,7 @@
 mod ahead;
 mod budget;
 mod dispatch;
+mod head;
 mod predictions;
 mod rank_model;
 pub mod resident;
@@ -20,6 +21,7 @@ mod sweep;
 mod wire;
 
 pub use budget::{MemoryParts, Spill, StreamSettings, resident_memory, streamed_memory};
+pub use head::HeadTargets;
 pub use resident::ResidentTeacher;
 pub use sharded::{ShardSettings, ShardedTeacher};
 pub use streamed::{StreamCounts, StreamedTeacher};

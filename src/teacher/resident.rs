@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 
-use super::predictions::Predictions;
+use super::head::HeadTargets;
 use crate::{
     error::Result,
     models::{Decoder, TokenLayout},
@@ -18,7 +18,7 @@ pub(super) const HEAD_ROWS: usize = 256;
 /// A teacher, and what is kept of its predictions.
 pub struct ResidentTeacher {
     model: Decoder,
-    predictions: Predictions,
+    head: HeadTargets,
 }
 
 impl ResidentTeacher {
@@ -31,8 +31,8 @@ impl ResidentTeacher {
     /// # Errors
     /// When the selection is none for the teacher's vocabulary, or there is no temperature.
     pub fn new(model: Decoder, selection: Selection, temperatures: &[f32]) -> Result<Self> {
-        let predictions = Predictions::new(selection, temperatures, model.config.vocab_size)?;
-        Ok(ResidentTeacher { model, predictions })
+        let head = HeadTargets::new(selection, temperatures, model.config.vocab_size)?;
+        Ok(ResidentTeacher { model, head })
     }
 
     /// Keeps something else from now on.
@@ -40,7 +40,7 @@ impl ResidentTeacher {
     /// # Errors
     /// When the selection is none for the teacher's vocabulary.
     pub fn set_selection(&mut self, selection: Selection) -> Result<()> {
-        self.predictions.set_selection(selection)
+        self.head.set_selection(selection)
     }
 
     pub fn model(&self) -> &Decoder {
@@ -56,19 +56,10 @@ impl ResidentTeacher {
     /// When the sequences are too long for the teacher, hold ids it does not know, or its predictions are not finite.
     pub fn targets(&self, sequences: &[PackedSequence], first_sequence: u64) -> Result<Vec<SparseTargets>> {
         let batch = DistillBatch { sequences: sequences.to_vec(), targets: None, row_weights: None };
-        let length = batch.seq_len();
-        self.model.config.check_seq_len(length)?;
-        self.predictions.check_ids(&batch)?;
+        self.model.config.check_seq_len(batch.seq_len())?;
+        self.head.check_ids(&batch)?;
         let layout = TokenLayout::of_batch(&self.model.config, &batch);
         let (hidden, _) = self.model.forward(&layout);
-        let rows = self.predictions.rows(&batch, |sequence| first_sequence + sequence as u64);
-        let mut all = self.predictions.none();
-        for first in (0..rows.len()).step_by(HEAD_ROWS) {
-            let count = HEAD_ROWS.min(rows.len() - first);
-            let logits = self.model.logits(hidden.clone().narrow(0, first, count));
-            let logits = logits.into_data().try_into_vec::<f32>().expect("logits are f32");
-            self.predictions.append(&logits, &rows[first..first + count], &mut all)?;
-        }
-        Ok((0..sequences.len()).map(|number| all.slice(number * length, (number + 1) * length)).collect())
+        self.head.of_hidden(&self.model, hidden, &batch, first_sequence)
     }
 }

@@ -5,6 +5,8 @@ pub mod metrics;
 pub mod optimizer;
 pub mod order;
 pub mod prefetch;
+pub mod tap;
 pub mod trainer;
 
+pub use tap::Tap;
 pub use trainer::{TrainConfig, TrainOutput, Trainer};

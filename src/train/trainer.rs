@@ -3,7 +3,7 @@
 //! Sums and counts are gathered over the micro-batches of a step and divided once. Knows nothing of recipes or teachers.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -20,6 +20,7 @@ use super::{
     optimizer::{Optimizer, OptimizerConfig},
     order::SequenceOrder,
     prefetch::{Prefetch, Prefetcher},
+    tap::Tap,
 };
 use crate::{
     checkpoint::{
@@ -71,6 +72,8 @@ pub struct TrainOutput<'a> {
     pub stop: Arc<AtomicBool>,
     /// Measures the model on held-out text.
     pub evaluate: Option<Evaluate<'a>>,
+    /// Sees the forward passes of steps.
+    pub tap: Option<&'a mut dyn Tap>,
 }
 
 /// Held-out measures of a model, as a line of metrics without its arm and step.
@@ -111,7 +114,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Mismatch`] when anything that decides the weights is not as it was; micro-batches may change.
-    pub fn resume(mut self, dir: &std::path::Path, device: &Device) -> Result<Self> {
+    pub fn resume(mut self, dir: &Path, device: &Device) -> Result<Self> {
         let Some((step, path)) = latest_checkpoint(dir)? else { return Ok(self) };
         let mut state = TrainState::load(&path)?;
         if let Some((key, theirs, mine)) = first_difference("", &state.values["run"], &self.identity) {
@@ -140,6 +143,11 @@ impl Trainer {
         self.step
     }
 
+    /// What decides the weights, as JSON: two runs that start from the same weights and have the same are one run.
+    pub fn identity(&self) -> &serde_json::Value {
+        &self.identity
+    }
+
     pub fn tokens_seen(&self) -> u64 {
         self.tokens_seen
     }
@@ -154,7 +162,7 @@ impl Trainer {
         let config = &self.config;
         let mut batches = micro_batches(config, &mut self.order, self.step).into_iter();
         let mut next = || source.read(&batches.next().expect("as many as the step takes"));
-        self.step_on(&mut next, source.sequence_count()).map(|(metrics, _)| metrics)
+        self.step_on(&mut next, source.sequence_count(), None).map(|(metrics, _)| metrics)
     }
 
     /// One optimizer step on the micro-batches that are next, and how long it waited for them.
@@ -162,6 +170,7 @@ impl Trainer {
         &mut self,
         next: &mut dyn FnMut() -> Result<DistillBatch>,
         sequence_count: u64,
+        tap: Option<&mut dyn Tap>,
     ) -> Result<(StepMetrics, Duration)> {
         let began = Instant::now();
         let mut waited = Duration::ZERO;
@@ -169,12 +178,18 @@ impl Trainer {
         let (mut loss_sum, mut aux_sum, mut token_count) = (0.0, None, 0);
         let (mut soft, mut hard): (Option<TargetSums>, _) = (None, TargetSums::default());
         let mut weights = Weights { soft: 0.0, hard: 0.0 };
+        let mut tap = tap.filter(|tap| tap.takes(self.step + 1));
+        // Its weights are those before the step, outside the graph.
+        let frozen = tap.as_ref().map(|_| self.model.frozen());
         for _ in 0..config.sequences_per_step.div_ceil(config.sequences_per_micro_batch.max(1)) {
             let asked = Instant::now();
             let batch = next()?;
             waited += asked.elapsed();
             let layout = TokenLayout::of_batch(&self.model.config, &batch);
             let (hidden, routings) = self.model.forward(&layout);
+            if let (Some(tap), Some(frozen)) = (&mut tap, &frozen) {
+                tap.take(self.step + 1, &batch, hidden.clone().inner(), frozen)?;
+            }
             let output = self.loss.forward(self.step, hidden, self.model.lm_head(), &batch)?;
             let mut sum = output.sum;
             loss_sum += output.value;
@@ -261,7 +276,8 @@ impl Trainer {
         let (mut rate_tokens, mut rate_waited, mut rate_began) = (0, Duration::ZERO, Instant::now());
         while self.step < self.config.steps {
             let before = self.tokens_seen;
-            let (mut step, waited) = self.step_on(&mut next, source.sequence_count())?;
+            let tap = output.tap.as_mut().map(|tap| &mut **tap as &mut dyn Tap);
+            let (mut step, waited) = self.step_on(&mut next, source.sequence_count(), tap)?;
             rate_waited += waited;
             rate_tokens += self.tokens_seen - before;
             if let Some(progress) = &progress {
@@ -290,7 +306,7 @@ impl Trainer {
             let stop = output.stop.load(Ordering::Relaxed);
             if every(self.config.checkpoint_every) || last || stop {
                 metrics.sync()?;
-                self.save(&output.dir, &output.files)?;
+                self.save_with(&output.dir, &output.files, output.tap.as_deref_mut())?;
                 saved = self.step;
             }
             if stop && !last {
@@ -308,7 +324,17 @@ impl Trainer {
     }
 
     /// Writes a checkpoint of this step, complete or not at all, and drops the oldest.
-    pub fn save(&mut self, dir: &std::path::Path, files: &[(String, Vec<u8>)]) -> Result<()> {
+    pub fn save(&mut self, dir: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
+        self.save_with(dir, files, None)
+    }
+
+    /// As [`Trainer::save`], with what a tap has to keep.
+    fn save_with(
+        &mut self,
+        dir: &Path,
+        files: &[(String, Vec<u8>)],
+        mut tap: Option<&mut (dyn Tap + '_)>,
+    ) -> Result<()> {
         let mut state = TrainState {
             step: self.step,
             tokens_seen: self.tokens_seen,
@@ -322,7 +348,10 @@ impl Trainer {
         self.optimizer.save(&mut state);
         let path = checkpoint_dir(dir, self.step);
         let export = Export { dtype: StoredDtype::F32, max_shard_bytes: None, replace: true };
-        write_model(&mut self.model, &path, &export, files, Some(&state))?;
+        write_model_with(&mut self.model, &path, &export, files, &mut |partial| {
+            state.save(partial)?;
+            tap.as_mut().map_or(Ok(()), |tap| tap.keep(partial))
+        })?;
         if self.config.keep_checkpoints > 0 {
             keep_latest(dir, self.config.keep_checkpoints)?;
         }
@@ -382,10 +411,21 @@ pub struct Export {
 /// Writes a model in Hugging Face's layout, with the files given beside it.
 pub fn write_model(
     model: &mut Decoder,
-    dir: &std::path::Path,
+    dir: &Path,
     export: &Export,
     files: &[(String, Vec<u8>)],
     state: Option<&TrainState>,
+) -> Result<()> {
+    write_model_with(model, dir, export, files, &mut |partial| state.map_or(Ok(()), |state| state.save(partial)))
+}
+
+/// As [`write_model`], with whatever `more` puts into the directory.
+fn write_model_with(
+    model: &mut Decoder,
+    dir: &Path,
+    export: &Export,
+    files: &[(String, Vec<u8>)],
+    more: &mut dyn FnMut(&Path) -> Result<()>,
 ) -> Result<()> {
     let (mut specs, mut tensors) = (vec![], std::collections::BTreeMap::new());
     model.visit(&mut |name, parameter| {
@@ -416,10 +456,7 @@ pub fn write_model(
     for (name, bytes) in files {
         writer = writer.with_file(name.clone(), bytes.as_slice());
     }
-    if let Some(state) = state {
-        writer = writer.with_extra(|partial| state.save(partial));
-    }
-    writer.write(&specs, &mut |name| {
+    writer.with_extra(more).write(&specs, &mut |name| {
         let tensor = tensors.remove(name).expect("every tensor is written once");
         Ok(tensor.into_data().try_into_vec::<f32>().expect("weights are f32"))
     })

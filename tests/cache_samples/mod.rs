@@ -27,6 +27,7 @@ pub fn settings(seq_len: usize, sequences_per_shard: usize, temperatures: &[f32]
                 name: "Scout".into(),
                 fingerprint: "teacher-0123456789abcdef".into(),
                 dtype: "bf16".into(),
+                in_training: None,
             },
             selection: Selection::TopK { k: 4 },
             temperatures: temperatures.to_vec(),

@@ -181,7 +181,12 @@ fn through_a_cache(
 ) -> Result<DistillBatch, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let seq_len = job.seq_len();
-    let teacher = TeacherIdentity { name: "teacher".into(), fingerprint: "teacher".into(), dtype: "f32".into() };
+    let teacher = TeacherIdentity {
+        name: "teacher".into(),
+        fingerprint: "teacher".into(),
+        dtype: "f32".into(),
+        in_training: None,
+    };
     let settings = CacheSettings {
         split: "train".into(),
         data_fingerprint: "made".into(),
