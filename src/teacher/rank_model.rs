@@ -42,7 +42,7 @@ enum Layers {
     /// All of a stage, in memory.
     Kept(Vec<RankLayer>),
     /// One at a time, and one ahead.
-    Passing(RefCell<Ahead>),
+    Passing(Box<RefCell<Ahead>>),
 }
 
 enum RankLayer {
@@ -110,7 +110,7 @@ impl RankModel {
             })
         };
         let layers = match passing {
-            Some(ahead) => Layers::Passing(RefCell::new(ahead)),
+            Some(ahead) => Layers::Passing(Box::new(RefCell::new(ahead))),
             None => Layers::Kept(sharding::layers(config, &mesh, place).map(load).collect::<Result<_>>()?),
         };
         let head = if place.pipeline + 1 == mesh.pipeline {
