@@ -11,7 +11,11 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::{
     checkpoint::CheckpointReader,
     error::{Error, Result},
-    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock, parameter::CheckpointWeights},
+    models::{
+        DecoderConfig, Expert, Layer, RoutedLayer, WeightSource,
+        ends::HeadBlock,
+        parameter::{CheckpointWeights, Spare},
+    },
 };
 
 /// What is loaded as one.
@@ -55,6 +59,8 @@ pub(super) struct Ahead {
     /// One thread; what it converts in parallel elsewhere is converted on it.
     loader: ThreadPool,
     pending: Option<(Part, Receiver<Result<Loaded>>)>,
+    /// Memory of experts, for experts: what else is loaded is of other sizes, and is loaded when this is empty.
+    spare: Arc<Spare>,
 }
 
 impl Ahead {
@@ -70,7 +76,7 @@ impl Ahead {
         let loader = loader.map_err(|error| {
             Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
         })?;
-        Ok(Ahead { config, reader, device, loader, pending: None })
+        Ok(Ahead { config, reader, device, loader, pending: None, spare: Arc::default() })
     }
 
     /// Begins to load a part, which must be the next that is taken.
@@ -78,9 +84,16 @@ impl Ahead {
         assert!(self.pending.is_none(), "one part is read ahead, never two: {part:?}");
         let (sender, receiver) = sync_channel(1);
         let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
-        let wanted = part.clone();
+        let (wanted, spare) = (part.clone(), matches!(part, Part::Expert(..)).then(|| self.spare.clone()));
+        if spare.is_none() {
+            self.spare.clear();
+        }
         self.loader.spawn(move || {
-            let loaded = wanted.load(&config, &CheckpointWeights::new(&reader), &device);
+            let source = CheckpointWeights::new(&reader);
+            let loaded = match &spare {
+                Some(spare) => wanted.load(&config, &source.reusing(spare), &device),
+                None => wanted.load(&config, &source, &device),
+            };
             // Nobody listens any more when the teacher is gone.
             drop(sender.send(loaded));
         });
@@ -95,6 +108,11 @@ impl Ahead {
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
         loaded.recv().expect("a load that ends without a result has panicked")
+    }
+
+    /// Keeps the memory of an expert for the next one that is requested.
+    pub(super) fn give_back(&mut self, expert: Expert) {
+        expert.give_back(&self.spare);
     }
 
     /// Begins anew, with this part: what is loaded or being loaded stays if it is that one, and is dropped if a sweep
