@@ -310,7 +310,7 @@ fn a_rank_reads_its_own_part_of_the_weights() {
 }
 
 /// Changes the values of a checkpoint's tensors.
-fn change(dir: &Path, change: &mut dyn FnMut(&str, &[usize], &mut [f32])) {
+fn change(dir: &Path, mut change: impl FnMut(&str, &[usize], &mut [f32])) {
     let path = dir.join("model.safetensors");
     let file = read_safetensors(&path).unwrap();
     let names: Vec<String> = file.names().map(String::from).collect();
@@ -341,7 +341,7 @@ fn uneven_loads_and_one_expert_that_takes_all_are_right() {
     let dir = folder.path().join("teacher");
     for (favourite, chosen) in [(7, 1), (11, 3)] {
         write_random(divisible(3, 300, chosen), &dir, 3);
-        change(&dir, &mut |name, shape, values| {
+        change(&dir, |name, shape, values| {
             if name.ends_with("router.weight") {
                 // All logits are equal, but for what every third expert gets: few experts have most tokens, some none.
                 values.chunks_mut(shape[1]).enumerate().for_each(|(expert, row)| {
@@ -351,7 +351,7 @@ fn uneven_loads_and_one_expert_that_takes_all_are_right() {
             }
         });
         check_meshes(&dir, Selection::TopK { k: 8 }, &EXPERT_MESHES, 9);
-        change(&dir, &mut |name, _, values| {
+        change(&dir, |name, _, values| {
             if name.ends_with("router.weight") {
                 values.fill(0.0);
             }
@@ -478,7 +478,7 @@ fn a_prediction_that_is_not_finite_is_the_same_error_wherever_it_is_found() {
     let dir = folder.path().join("teacher");
     write_random(divisible(4, 300, 1), &dir, 3);
     // Logits beyond what f32 holds.
-    change(&dir, &mut |name, _, values| {
+    change(&dir, |name, _, values| {
         if name == "model.norm.weight" {
             values.fill(3e38);
         }

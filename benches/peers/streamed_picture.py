@@ -15,7 +15,7 @@ def main():
     lines = [json.loads(line) for line in (ROOT / "benches/results/streamed.jsonl").read_text().splitlines()]
     of = lambda kind: [line for line in lines if line["bench"] == kind]
     resident = sum(line["tokens_per_second"] for line in of("resident")) / len(of("resident"))
-    bandwidth = of("read")[-1]["bytes_per_second"]
+    bandwidth, processors = (of("read")[-1][key] for key in ("bytes_per_second", "processors"))
     in_memory = sorted((line for line in of("streamed") if not line["spilled"]), key=lambda line: line["sweep"])
     spilled = [line for line in of("streamed") if line["spilled"]]
     # Of the same tokens, every bit of the targets.
@@ -25,6 +25,9 @@ def main():
     # What reading alone allows: a sweep's bytes at the rate at which one thread reads and packs.
     reading = [(line["sweep"], line["tokens"] / (line["bytes_read"] / bandwidth)) for line in in_memory]
 
+    # The same where reading takes its time from the processors that compute.
+    shared = [(sweep, min(rate, 1 / (1 / resident + 1 / rate / processors))) for sweep, rate in reading]
+
     low = min(line["tokens_per_second"] for line in in_memory)
     x_range, y_range = span([line["sweep"] for line in in_memory]), (low / 1.6, resident * 1.8)
     panel = Panel((70, 50, 620, 400), x_range, y_range, "Tokens per second against the length of a sweep",
@@ -33,20 +36,23 @@ def main():
     meet = crossing(reading, resident)
     roof = sorted(roof + ([meet] if meet else []))
     panel.line([(panel.x(x), panel.y(max(y, y_range[0]))) for x, y in roof], "#c1121f", 1.8, "7 4")
+    panel.line([(panel.x(x), panel.y(y)) for x, y in shared], "#888888", 1.8, "2 4")
     panel.curve([(line["sweep"], line["tokens_per_second"]) for line in in_memory], "#0b6e4f",
                 [f'{line["tokens_per_second"] / resident:.0%}' for line in in_memory])
     panel.curve([(line["sweep"], line["tokens_per_second"]) for line in spilled], "#1d6fa5", hollow=True)
     legend = [(f"streamed within {in_memory[0]['memory_mib']} MiB, of resident", "#0b6e4f", ""),
-              ("hidden states in a file", "#1d6fa5", ""),
-              ("roofline: reading, then resident", "#c1121f", "7 4")]
-    write(ROOT / "docs/pictures/streamed.svg", (760, 550), [panel], legend, [(70, 506), (70, 526), (400, 506)])
+              (f"within {spilled[0]['memory_mib']} MiB, hidden states in a file", "#1d6fa5", ""),
+              ("roofline: reading, then resident", "#c1121f", "7 4"),
+              (f"reading and computing share {processors} processors", "#888888", "2 4")]
+    places = [(70, 506), (70, 526), (400, 506), (400, 526)]
+    write(ROOT / "docs/pictures/streamed.svg", (760, 550), [panel], legend, places)
 
     print(f"resident: {resident:.1f} tokens/s, peak {max(line['peak_mib'] for line in of('resident'))} MiB; "
           f"reading {bandwidth / 1e9:.2f} GB/s")
-    for line, (_, bound) in zip(in_memory, reading):
-        row(line, resident, f"{min(bound, resident):.0f}")
+    for line, (_, bound), (_, together) in zip(in_memory, reading, shared):
+        row(line, resident, f"{min(bound, resident):.0f} | {together:.0f}")
     for line in spilled:
-        row(line, resident, "", " (file)")
+        row(line, resident, " | ", " (file)")
 
 
 def row(line, resident, bound, note=""):

@@ -12,7 +12,11 @@ use super::slices::Slices;
 use crate::{
     checkpoint::CheckpointReader,
     error::{Error, Result},
-    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock, parameter::CheckpointWeights},
+    models::{
+        DecoderConfig, Expert, Layer, RoutedLayer, WeightSource,
+        ends::HeadBlock,
+        parameter::{CheckpointWeights, Spare},
+    },
     parallel::{Mesh, Place},
 };
 
@@ -67,6 +71,8 @@ pub(super) struct Ahead {
     /// One thread; what it converts in parallel elsewhere is converted on it.
     loader: ThreadPool,
     pending: Option<(Part, Receiver<Result<Loaded>>)>,
+    /// Memory of experts, for experts: what else is loaded is of other sizes, and is loaded when this is empty.
+    spare: Arc<Spare>,
 }
 
 impl Ahead {
@@ -87,7 +93,7 @@ impl Ahead {
         let loader = loader.map_err(|error| {
             Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
         })?;
-        Ok(Ahead { config, reader, device, part_of, loader, pending: None })
+        Ok(Ahead { config, reader, device, part_of, loader, pending: None, spare: Arc::default() })
     }
 
     /// Begins to load a part, which must be the next that is taken.
@@ -96,8 +102,16 @@ impl Ahead {
         let (sender, receiver) = sync_channel(1);
         let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
         let (wanted, part_of) = (part.clone(), self.part_of.clone());
+        let spare = matches!(part, Part::Expert(..)).then(|| self.spare.clone());
+        if spare.is_none() {
+            self.spare.clear();
+        }
         self.loader.spawn(move || {
             let source = CheckpointWeights::new(&reader);
+            let source = match &spare {
+                Some(spare) => source.reusing(spare),
+                None => source,
+            };
             let loaded = match &part_of {
                 None => wanted.load(&config, &source, &device),
                 Some(Whole { config: whole, mesh, place }) => {
@@ -124,6 +138,11 @@ impl Ahead {
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
         loaded.recv().expect("a load that ends without a result has panicked")
+    }
+
+    /// Keeps the memory of an expert for the next one that is requested.
+    pub(super) fn give_back(&mut self, expert: Expert) {
+        expert.give_back(&self.spare);
     }
 
     /// Begins anew, with this part: what is loaded or being loaded stays if it is that one, and is dropped if a sweep

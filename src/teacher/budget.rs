@@ -242,7 +242,8 @@ impl Fit {
         let free = settings.memory - least;
         let batch = settings.batch_tokens.max(length);
         let whole_head = parts.head(config.vocab_size as u64) + parts.logits(HEAD_ROWS as u64) + parts.first_layer();
-        let useful = (weights + parts.scratch(batch)).max(whole_head);
+        let head_beside_layer = parts.last_layer() + parts.scratch(batch) + parts.head(config.vocab_size as u64);
+        let useful = (weights + parts.scratch(batch)).max(whole_head).max(head_beside_layer);
         let phase = useful.min(layers.max(head) + free / 2);
         let batch_tokens = (phase - weights - parts.scratch(0)) / parts.token_scratch();
         let batch_sequences = (batch_tokens.min(batch) / length).max(1);
@@ -350,7 +351,10 @@ mod tests {
         let more = scout(16 << 10, Spill::Auto).unwrap();
         assert_eq!((more.spill, more.head_blocks.len(), more.batch_sequences), (false, 1, 2));
         assert!(more.sweep_sequences * 2048 >= 8192, "{more:?}");
-        assert!(more.next_sweep_ahead, "the next sweep's first layer fits beside the head");
+        assert!(
+            more.head_ahead && more.next_sweep_ahead,
+            "the head is read beside the last layer, and the first beside it"
+        );
         let most = MOST_GOALS as usize * 8192;
         let lots = scout(512 << 10, Spill::Auto).unwrap();
         assert_eq!(lots.sweep_sequences * 2048, most, "longer sweeps gain nothing, and an interruption loses them");
