@@ -253,7 +253,9 @@ impl RankModel {
                         let Loaded::Expert(expert) = loaded else { unreachable!("as it was asked for") };
                         let next = work.next.map(|next| Part::Expert(index, first + next));
                         next.or_else(|| first_part(index + 1)).into_iter().for_each(|part| ahead.request(part));
-                        Ok(self.routed(&layer, &expert, &work))
+                        let output = self.routed(&layer, &expert, &work);
+                        ahead.give_back(*expert);
+                        Ok(output)
                     };
                     let tokens = (!states.is_empty()).then(|| (choices, states.concat()));
                     let routed = dispatch.run(&neighbours.expert, self.config.hidden_size, tokens, run)?;
