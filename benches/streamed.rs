@@ -22,7 +22,7 @@ use limbeck::{
         config::FeedForwardConfig,
         ends::HeadBlock,
         llama4::{Llama4Config, shapes},
-        parameter::CheckpointWeights,
+        parameter::{CheckpointWeights, Spare},
         read_config,
     },
     selection::Selection,
@@ -157,17 +157,18 @@ fn sequences(vocab: usize, tokens: usize, length: usize) -> Vec<PackedSequence> 
         .collect()
 }
 
-/// Loads every part of the model once, on one thread, and drops it.
+/// Loads every part of the model once, on one thread, and drops it; an expert's memory is the next one's.
 fn read(dir: &Path) -> Result<()> {
     let reader = CheckpointReader::open(dir)?;
     let config = read_config(&dir.join("config.json"), reader.config())?;
-    let (source, device) = (CheckpointWeights::new(&reader), Device::flex());
+    let (source, device, spare) = (CheckpointWeights::new(&reader), Device::flex(), Spare::default());
+    let experts = CheckpointWeights::new(&reader).reusing(&spare);
     let all = || -> Result<()> {
         for (index, layer) in config.layers.iter().enumerate() {
             drop(RoutedLayer::load(&config, index, &source, &device)?);
             if let FeedForwardConfig::Experts { expert_count, .. } = layer.feed_forward {
                 for expert in 0..expert_count {
-                    drop(Expert::load(&config, index, expert, &source, &device)?);
+                    Expert::load(&config, index, expert, &experts, &device)?.give_back(&spare);
                 }
             }
         }

@@ -127,7 +127,7 @@ fn serve(recipe: &Recipe, options: &RunOptions, world: &dyn Collective) -> Resul
         recipe.check_selection(config.vocab_size)?;
         recipe.check_mesh(&config)?;
         let device = options.device_numbered(launch::local_rank().unwrap_or(world.rank()))?;
-        Ok(shard_settings(recipe, section, &config, &device))
+        shard_settings(recipe, section, &config, &device, 1)
     };
     let settings = settings().inspect_err(|error| sharded::tell_failure(world, error))?;
     sharded::serve(world, &settings)?;
@@ -448,10 +448,17 @@ impl<'a> Filler<'a> {
         let section = self.recipe.teacher.as_ref();
         let batch = (section.map_or(65_536, |teacher| teacher.batch_tokens) / seq_len).max(1);
         // Only these two say themselves how much they take; a resident one is loaded when a target is missing.
-        let grouped = section.is_some_and(|teacher| teacher.mode == TeacherMode::Streamed || teacher.mesh.size() > 1);
+        let streamed = section.is_some_and(|teacher| teacher.mode == TeacherMode::Streamed);
+        let grouped = streamed || section.is_some_and(|teacher| teacher.mesh.size() > 1);
         let most = match grouped.then(|| self.teacher()).transpose()? {
             Some(Teacher::Streamed(teacher)) => return Ok(writer.upcoming(teacher.sweep_sequences() as u64)),
-            Some(Teacher::Sharded(teacher)) => teacher.sequences_at_once() as u64,
+            Some(Teacher::Sharded(teacher)) => {
+                let most = teacher.sequences_at_once() as u64;
+                if streamed {
+                    return Ok(writer.upcoming(most));
+                }
+                most
+            }
             _ => batch,
         };
         let mut ranges = writer.upcoming(most);
@@ -585,13 +592,14 @@ fn teacher_of<'a>(
         };
         let selection = recipe.cache.selection();
         let temperatures: Vec<f32> = recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
-        *teacher = Some(if section.mode == TeacherMode::Streamed {
-            let settings = stream_settings(recipe, section, inputs)?;
+        *teacher = Some(if section.mode == TeacherMode::Streamed && section.mesh.size() == 1 {
+            let settings = stream_settings(recipe, section, &inputs.plan.run_dir, 1)?;
             let (config, reader, seq_len) = (config.clone(), reader.clone(), recipe.data.seq_len);
             let streamed = StreamedTeacher::new(config, reader, device, selection, &temperatures, seq_len, settings)?;
             Teacher::Streamed(Box::new(streamed))
         } else if section.mesh.size() > 1 {
-            let settings = shard_settings(recipe, section, config, device);
+            let parts = if world.is_some() { 1 } else { section.mesh.size() };
+            let settings = shard_settings(recipe, section, config, device, parts)?;
             Teacher::Sharded(Box::new(match world {
                 Some(world) => ShardedTeacher::over(world.clone(), &settings)?,
                 None => {
@@ -608,8 +616,19 @@ fn teacher_of<'a>(
 }
 
 /// What every rank of a sharded teacher has to know.
-fn shard_settings(recipe: &Recipe, section: &TeacherSection, config: &DecoderConfig, device: &Device) -> ShardSettings {
-    ShardSettings {
+/// `parts`: how many of them are in this process.
+fn shard_settings(
+    recipe: &Recipe,
+    section: &TeacherSection,
+    config: &DecoderConfig,
+    device: &Device,
+    parts: usize,
+) -> Result<ShardSettings> {
+    let streaming = match section.mode {
+        TeacherMode::Streamed => Some((recipe.data.seq_len, stream_settings(recipe, section, Path::new(""), parts)?)),
+        _ => None,
+    };
+    Ok(ShardSettings {
         checkpoint: section.checkpoint.clone(),
         config: config.clone(),
         mesh: section.mesh,
@@ -617,12 +636,14 @@ fn shard_settings(recipe: &Recipe, section: &TeacherSection, config: &DecoderCon
         selection: recipe.cache.selection(),
         temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
         batch_sequences: (section.batch_tokens as usize / recipe.data.seq_len).max(1),
-    }
+        streaming,
+    })
 }
 
 /// What a streamed teacher may take of this machine beside what is taken already.
-fn stream_settings(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs) -> Result<StreamSettings> {
-    let own = memory::of_this_process();
+/// When a process has several parts of it, for one of them.
+fn stream_settings(recipe: &Recipe, section: &TeacherSection, run_dir: &Path, parts: usize) -> Result<StreamSettings> {
+    let (own, parts) = (memory::of_this_process(), parts as u64);
     let memory = match section.memory {
         Some(memory) => memory,
         None => memory::free().map(|free| own + free / 4 * 3).ok_or_else(|| {
@@ -631,13 +652,16 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, inputs: &Inputs) -
     };
     let shard = recipe.cache.sequences_per_shard as u64 * shard_sequence_bytes(recipe);
     Ok(StreamSettings {
-        memory,
+        memory: memory / parts,
         // Buffers of the text and of what the allocator keeps come to that.
-        taken: vec![("the program", own + OWN_GROWTH + memory / 16), ("a shard in the making", shard)],
+        taken: vec![
+            ("the program", (own + OWN_GROWTH + memory / 16) / parts),
+            ("a shard in the making", shard.div_ceil(parts)),
+        ],
         batch_tokens: section.batch_tokens,
         sweep_tokens: section.sweep_tokens,
         spill: section.spill.unwrap_or_default(),
-        spill_dir: inputs.plan.run_dir.clone(),
+        spill_dir: run_dir.to_path_buf(),
     })
 }
 

@@ -61,6 +61,7 @@ fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSetting
         selection,
         temperatures: vec![1.0, 2.0],
         batch_sequences: 2,
+        streaming: None,
     }
 }
 
@@ -309,7 +310,7 @@ fn a_rank_reads_its_own_part_of_the_weights() {
 }
 
 /// Changes the values of a checkpoint's tensors.
-fn change(dir: &Path, change: &mut dyn FnMut(&str, &[usize], &mut [f32])) {
+fn change(dir: &Path, mut change: impl FnMut(&str, &[usize], &mut [f32])) {
     let path = dir.join("model.safetensors");
     let file = read_safetensors(&path).unwrap();
     let names: Vec<String> = file.names().map(String::from).collect();
@@ -340,7 +341,7 @@ fn uneven_loads_and_one_expert_that_takes_all_are_right() {
     let dir = folder.path().join("teacher");
     for (favourite, chosen) in [(7, 1), (11, 3)] {
         write_random(divisible(3, 300, chosen), &dir, 3);
-        change(&dir, &mut |name, shape, values| {
+        change(&dir, |name, shape, values| {
             if name.ends_with("router.weight") {
                 // All logits are equal, but for what every third expert gets: few experts have most tokens, some none.
                 values.chunks_mut(shape[1]).enumerate().for_each(|(expert, row)| {
@@ -350,7 +351,7 @@ fn uneven_loads_and_one_expert_that_takes_all_are_right() {
             }
         });
         check_meshes(&dir, Selection::TopK { k: 8 }, &EXPERT_MESHES, 9);
-        change(&dir, &mut |name, _, values| {
+        change(&dir, |name, _, values| {
             if name.ends_with("router.weight") {
                 values.fill(0.0);
             }
@@ -376,6 +377,29 @@ fn the_cache_of_a_teacher_on_several_devices_is_that_of_one() {
             assert_close(mesh, &all_targets(&found.join(split)), &all_targets(&expected.join(split)));
         }
     }
+}
+
+#[test]
+fn a_teacher_that_is_streamed_on_several_devices_makes_the_same_cache() {
+    let small = small_run();
+    let expected = cache(&small, "resident", &[]);
+    let bytes = files(&expected);
+    let streamed = ["teacher.mode=streamed", "teacher.memory=\"4GiB\""];
+    for (number, mesh) in ["{ expert = 4 }", "{ data = 2 }", "{ expert = 2, data = 2 }"].into_iter().enumerate() {
+        let mesh = format!("teacher.mesh={mesh}");
+        let overrides = [&streamed[..], &[&mesh]].concat();
+        assert!(files(&cache(&small, &format!("same{number}"), &overrides)) == bytes, "{mesh}");
+    }
+    // Sweeps of few sequences, and none for some ranks at the end.
+    let overrides = [&streamed[..], &["teacher.mesh={ expert = 3 }", "teacher.sweep_tokens=200"]].concat();
+    assert!(files(&cache(&small, "short", &overrides)) == bytes);
+    let found = cache(&small, "close", &[&streamed[..], &["teacher.mesh={ tensor = 2, expert = 2 }"]].concat());
+    for split in ["train", "held_out"] {
+        assert_close("streamed", &all_targets(&found.join(split)), &all_targets(&expected.join(split)));
+    }
+    let recipe = small.recipe(&["teacher.mode=streamed", "teacher.memory=\"1MiB\"", "teacher.mesh={ expert = 2 }"]);
+    let message = precompute::run(&recipe, &small.options("little")).unwrap_err().to_string();
+    assert!(message.contains("the streamed teacher does not fit into 512KiB of memory; it takes "), "{message}");
 }
 
 #[test]
@@ -454,7 +478,7 @@ fn a_prediction_that_is_not_finite_is_the_same_error_wherever_it_is_found() {
     let dir = folder.path().join("teacher");
     write_random(divisible(4, 300, 1), &dir, 3);
     // Logits beyond what f32 holds.
-    change(&dir, &mut |name, _, values| {
+    change(&dir, |name, _, values| {
         if name == "model.norm.weight" {
             values.fill(3e38);
         }
@@ -561,11 +585,10 @@ fn a_mesh_that_the_teacher_does_not_fit_is_refused_by_its_key() {
     );
     assert_eq!(refused(&["teacher.mesh={ data = 0 }"]), ".data` is 0; use at least 1");
     assert!(refused(&["teacher.mesh={ data = 70000 }"]).starts_with("` has 70000 devices; use at most 65535"));
-    let streamed = refused(&["teacher.mesh={ data = 2 }", "teacher.mode=streamed"]);
     assert_eq!(
-        streamed,
-        "` is for a teacher whose parts stay in the memory of their devices, and this one is streamed; use teacher.mode = \
-         \"resident\", with as many devices as hold it, or remove the mesh"
+        refused(&["teacher.mesh={ pipeline = 2 }", "teacher.mode=streamed"]),
+        ".pipeline` is 2, and a streamed teacher has all its layers on each device in turn; use `expert`, `tensor` and \
+         `data`, or teacher.mode = \"resident\""
     );
     let outcome = small.limbeck("precompute-teacher-logits", &["--set", "teacher.mesh={ experts = 2 }"]);
     assert!(outcome.code == 2 && outcome.stderr.contains("did you mean `expert`?"), "{}", outcome.stderr);

@@ -198,3 +198,31 @@ fn groups_and_gradients_are_those_of_plain_products() {
     let alone = linear(tensor(&values, inputs, &Device::flex()), &packed[0]);
     assert_eq!(bits(&read(alone)), bits(&product(Instructions::best(), &values, &packed[0])));
 }
+
+#[test]
+fn spare_memory_changes_nothing() {
+    let exact = |values: Vec<f32>| values.into_iter().map(|value| bf16::from_f32(value).to_f32()).collect::<Vec<f32>>();
+    let sizes = [(70, 33), (33, 70), (1, 1), (129, 40)];
+    let matrices = sizes.iter().enumerate().flat_map(|(seed, &(inputs, outputs))| {
+        let values = random(inputs * outputs, seed as u64);
+        [(exact(values.clone()), inputs, outputs), (values, inputs, outputs)]
+    });
+    let matrices: Vec<(Vec<f32>, usize, usize)> = matrices.collect();
+    for (old, old_inputs, old_outputs) in &matrices {
+        for (new, inputs, outputs) in &matrices {
+            let spare = PackedMatrix::pack_f32(old, Order::OutputMajor, *old_inputs, *old_outputs);
+            let bytes: Vec<u8> = new.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let packed =
+                PackedMatrix::pack_into(Some(spare), &bytes, Element::F32, Order::InputMajor, *inputs, *outputs);
+            let fresh = PackedMatrix::pack_f32(new, Order::InputMajor, *inputs, *outputs);
+            assert_eq!((packed.is_bf16(), packed.bytes()), (fresh.is_bf16(), fresh.bytes()));
+            let rows = random(5 * inputs, 9);
+            let both = [&packed, &fresh].map(|weights| {
+                let mut output = vec![0.0; 5 * outputs];
+                multiply(&rows, weights, &mut output);
+                bits(&output)
+            });
+            assert_eq!(both[0], both[1], "{old_inputs} x {old_outputs} to {inputs} x {outputs}");
+        }
+    }
+}

@@ -103,13 +103,19 @@ impl CheckpointReader {
 
     /// Some rows of a tensor's first axis as they are stored, little-endian, with their type; only their bytes are read, and
     /// the values are not looked at. `None` for a tensor that [is assembled](Self::is_assembled): its values have to be
-    /// loaded.
+    /// loaded. The bytes come in the memory of `spare`, if it is enough.
     ///
     /// # Errors
     /// As [`CheckpointReader::load_f32_rows`].
-    pub fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Option<(Dtype, Vec<u8>)>> {
+    pub fn stored_rows(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        spare: Vec<u8>,
+    ) -> Result<Option<(Dtype, Vec<u8>)>> {
         match self.presented(name)? {
-            Presented::Stored(tensor) => self.stored.file(tensor)?.stored_rows(tensor, shape, rows).map(Some),
+            Presented::Stored(tensor) => self.stored.file(tensor)?.stored_rows(tensor, shape, rows, spare).map(Some),
             Presented::Assembled(_) => Ok(None),
         }
     }

@@ -127,12 +127,21 @@ impl TensorFile {
     }
 
     /// Some rows as they are stored, little-endian, with their type; only their bytes are read, and the values are not
-    /// looked at.
-    pub(super) fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<(Dtype, Vec<u8>)> {
+    /// looked at. They are put in the place of what `bytes` has.
+    pub(super) fn stored_rows(
+        &self,
+        name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        mut bytes: Vec<u8>,
+    ) -> Result<(Dtype, Vec<u8>)> {
         self.checked(name, shape)?;
         let row_elements = check_rows(&self.path, name, shape, &rows)?;
         let place = self.place(name, &(rows.start as u64 * row_elements..rows.end as u64 * row_elements))?;
-        let mut bytes = vec![0; place.len()];
+        if bytes.capacity() < place.len() {
+            bytes = Vec::new();
+        }
+        bytes.resize(place.len(), 0);
         self.read(name, &mut bytes, place.start)?;
         Ok((self.info(name)?.dtype, bytes))
     }

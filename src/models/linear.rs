@@ -53,7 +53,7 @@ impl<'a> Weights<'a> {
             return Ok(Linear::Tensor(load_rows(self.source, name, shape, outputs, self.device)?));
         }
         let stored = self.source.stored_rows(name, &shape, outputs.clone())?;
-        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len());
+        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len(), self.source.spare());
         Ok(Linear::Packed(Arc::new(packed)))
     }
 
@@ -74,7 +74,7 @@ impl<'a> Weights<'a> {
         let [_, inputs, outputs] = shape;
         let pack = |expert| {
             let stored = self.source.stored_rows(name, &shape, expert..expert + 1)?;
-            let packed = stored.pack(Order::InputMajor, inputs, outputs);
+            let packed = stored.pack(Order::InputMajor, inputs, outputs, self.source.spare());
             Ok(Arc::new(packed))
         };
         Ok(Stack::Packed(experts.map(pack).collect::<Result<_>>()?))
@@ -153,6 +153,14 @@ impl Stack {
         match self {
             Stack::Tensor(weights) => grouped_matmul(x, weights.clone(), offsets),
             Stack::Packed(weights) => packed_matmul::grouped(x, weights, offsets),
+        }
+    }
+
+    /// The packed matrices that are nobody else's, for their memory.
+    pub fn into_packed(self) -> Vec<PackedMatrix> {
+        match self {
+            Stack::Tensor(_) => vec![],
+            Stack::Packed(weights) => weights.into_iter().filter_map(Arc::into_inner).collect(),
         }
     }
 

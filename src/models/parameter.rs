@@ -1,6 +1,8 @@
 //! Where weights come from and how the trainer reaches them, by the names they have in checkpoints.
 
+use std::mem;
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use limbeck_kernels::packed_matmul::{Element, Order, PackedMatrix};
@@ -27,6 +29,11 @@ pub trait WeightSource: Sync {
     /// Some numbers of each of some rows of the first axis, one after the other.
     fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
         Ok(self.stored_rows(name, shape, rows)?.cut(shape[1..].iter().product(), runs))
+    }
+
+    /// Memory for matrices that are read from here.
+    fn spare(&self) -> Option<&Spare> {
+        None
     }
 }
 
@@ -74,26 +81,76 @@ impl Stored {
         }
     }
 
-    /// A matrix of these numbers, to multiply by.
-    pub fn pack(&self, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+    /// A matrix of these numbers, to multiply by, in the memory of a spare one if there is one of its size.
+    pub fn pack(self, order: Order, inputs: usize, outputs: usize, spare: Option<&Spare>) -> PackedMatrix {
+        let old = spare.and_then(|spare| spare.take(inputs, outputs));
         match self {
-            Stored::Bytes(bytes, element) => PackedMatrix::pack(bytes, *element, order, inputs, outputs),
-            Stored::Values(values) => PackedMatrix::pack_f32(values, order, inputs, outputs),
+            Stored::Bytes(bytes, element) => {
+                let packed = PackedMatrix::pack_into(old, &bytes, element, order, inputs, outputs);
+                if let Some(spare) = spare {
+                    *unlocked(&spare.bytes) = bytes;
+                }
+                packed
+            }
+            Stored::Values(values) => {
+                PackedMatrix::pack_into(old, bytemuck::cast_slice(&values), Element::F32, order, inputs, outputs)
+            }
         }
     }
+}
+
+/// Memory of matrices that nothing is multiplied by any more, for those of the same size that are read next.
+#[derive(Debug, Default)]
+pub struct Spare {
+    matrices: Mutex<Vec<PackedMatrix>>,
+    /// Those that stored numbers were last read into.
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl Spare {
+    pub fn put(&self, matrix: PackedMatrix) {
+        unlocked(&self.matrices).push(matrix);
+    }
+
+    /// Gives everything back to the system.
+    pub fn clear(&self) {
+        unlocked(&self.matrices).clear();
+        drop(mem::take(&mut *unlocked(&self.bytes)));
+    }
+
+    /// A matrix of this size. If there is none, the others are of no use either, and are given back.
+    fn take(&self, inputs: usize, outputs: usize) -> Option<PackedMatrix> {
+        let mut matrices = unlocked(&self.matrices);
+        let place = matrices.iter().position(|matrix| (matrix.inputs(), matrix.outputs()) == (inputs, outputs));
+        if place.is_none() {
+            matrices.clear();
+        }
+        place.map(|place| matrices.swap_remove(place))
+    }
+}
+
+/// A thread that panicked left nothing half done.
+fn unlocked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Weights of a checkpoint. Multimodal checkpoints keep their text model under a prefix.
 pub struct CheckpointWeights<'a> {
     reader: &'a CheckpointReader,
     prefix: &'static str,
+    spare: Option<&'a Spare>,
 }
 
 impl<'a> CheckpointWeights<'a> {
     pub fn new(reader: &'a CheckpointReader) -> Self {
         const PREFIX: &str = "language_model.";
         let prefixed = reader.contains(&format!("{PREFIX}model.embed_tokens.weight"));
-        CheckpointWeights { reader, prefix: if prefixed { PREFIX } else { "" } }
+        CheckpointWeights { reader, prefix: if prefixed { PREFIX } else { "" }, spare: None }
+    }
+
+    /// The same weights, whose matrices are put into spare memory.
+    pub fn reusing(self, spare: &'a Spare) -> Self {
+        CheckpointWeights { spare: Some(spare), ..self }
     }
 }
 
@@ -109,7 +166,7 @@ impl WeightSource for CheckpointWeights<'_> {
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         let full_name = format!("{}{name}", self.prefix);
         if let Some(element) = element(self.reader.info(&full_name)?.dtype)
-            && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone())?
+            && let Some((_, bytes)) = self.reader.stored_rows(&full_name, shape, rows.clone(), self.spare_bytes())?
             && element.all_finite(&bytes)
         {
             return Ok(Stored::Bytes(bytes, element));
@@ -129,6 +186,10 @@ impl WeightSource for CheckpointWeights<'_> {
         let values = self.load_rows(name, shape, rows)?;
         Ok(Stored::Values(values).cut(shape[1..].iter().product(), runs))
     }
+
+    fn spare(&self) -> Option<&Spare> {
+        self.spare
+    }
 }
 
 /// The types that are handed on as they are stored.
@@ -138,6 +199,12 @@ fn element(dtype: Dtype) -> Option<Element> {
         Dtype::Bf16 => Some(Element::Bf16),
         Dtype::F16 => Some(Element::F16),
         _ => None,
+    }
+}
+
+impl CheckpointWeights<'_> {
+    fn spare_bytes(&self) -> Vec<u8> {
+        self.spare.map_or_else(Vec::new, |spare| mem::take(&mut *unlocked(&spare.bytes)))
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     feed_forward::{Mlp, block_name, choose, scores},
     layout::TokenLayout,
     linear::{Linear, Stack, Weights},
-    parameter::WeightSource,
+    parameter::{Spare, WeightSource},
 };
 use crate::error::Result;
 
@@ -146,5 +146,10 @@ impl Expert {
             gate_up: stack("gate_up_proj", [expert_count, hidden, 2 * width])?,
             down: stack("down_proj", [expert_count, width, hidden])?,
         })
+    }
+
+    /// Puts what it takes of memory where those that are loaded next can have it.
+    pub fn give_back(self, spare: &Spare) {
+        [self.gate_up, self.down].into_iter().flat_map(Stack::into_packed).for_each(|matrix| spare.put(matrix));
     }
 }

@@ -8,10 +8,16 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use burn::tensor::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::slices::Slices;
 use crate::{
     checkpoint::CheckpointReader,
     error::{Error, Result},
-    models::{DecoderConfig, Expert, Layer, RoutedLayer, WeightSource, ends::HeadBlock, parameter::CheckpointWeights},
+    models::{
+        DecoderConfig, Expert, Layer, RoutedLayer, WeightSource,
+        ends::HeadBlock,
+        parameter::{CheckpointWeights, Spare},
+    },
+    parallel::{Mesh, Place},
 };
 
 /// What is loaded as one.
@@ -47,20 +53,37 @@ impl Part {
     }
 }
 
+/// A model that is divided, and the part of it that is loaded here.
+#[derive(Clone)]
+pub(super) struct Whole {
+    pub config: Arc<DecoderConfig>,
+    pub mesh: Mesh,
+    pub place: Place,
+}
+
 /// Loads one part at a time, on a thread of its own.
 pub(super) struct Ahead {
     config: Arc<DecoderConfig>,
     reader: Arc<CheckpointReader>,
     device: Device,
+    /// The whole model, where this is one rank's part of it.
+    part_of: Option<Whole>,
     /// One thread; what it converts in parallel elsewhere is converted on it.
     loader: ThreadPool,
     pending: Option<(Part, Receiver<Result<Loaded>>)>,
+    /// Memory of experts, for experts: what else is loaded is of other sizes, and is loaded when this is empty.
+    spare: Arc<Spare>,
 }
 
 impl Ahead {
     /// # Errors
     /// When the system allows no more threads.
-    pub(super) fn new(config: Arc<DecoderConfig>, reader: Arc<CheckpointReader>, device: Device) -> Result<Self> {
+    pub(super) fn new(
+        config: Arc<DecoderConfig>,
+        reader: Arc<CheckpointReader>,
+        device: Device,
+        part_of: Option<Whole>,
+    ) -> Result<Self> {
         let loader = ThreadPoolBuilder::new()
             .num_threads(1)
             .thread_name(|_| "weights".into())
@@ -70,7 +93,7 @@ impl Ahead {
         let loader = loader.map_err(|error| {
             Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
         })?;
-        Ok(Ahead { config, reader, device, loader, pending: None })
+        Ok(Ahead { config, reader, device, part_of, loader, pending: None, spare: Arc::default() })
     }
 
     /// Begins to load a part, which must be the next that is taken.
@@ -78,13 +101,33 @@ impl Ahead {
         assert!(self.pending.is_none(), "one part is read ahead, never two: {part:?}");
         let (sender, receiver) = sync_channel(1);
         let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
-        let wanted = part.clone();
+        let (wanted, part_of) = (part.clone(), self.part_of.clone());
+        let spare = matches!(part, Part::Expert(..)).then(|| self.spare.clone());
+        if spare.is_none() {
+            self.spare.clear();
+        }
         self.loader.spawn(move || {
-            let loaded = wanted.load(&config, &CheckpointWeights::new(&reader), &device);
+            let source = CheckpointWeights::new(&reader);
+            let source = match &spare {
+                Some(spare) => source.reusing(spare),
+                None => source,
+            };
+            let loaded = match &part_of {
+                None => wanted.load(&config, &source, &device),
+                Some(Whole { config: whole, mesh, place }) => {
+                    let slices = Slices { source: &source, config: whole, mesh: *mesh, place: *place };
+                    wanted.load(&config, &slices, &device)
+                }
+            };
             // Nobody listens any more when the teacher is gone.
             drop(sender.send(loaded));
         });
         self.pending = Some((part, receiver));
+    }
+
+    /// Whether a part has been requested and not taken.
+    pub(super) fn is_loading(&self) -> bool {
+        self.pending.is_some()
     }
 
     /// The part, loaded.
@@ -95,6 +138,11 @@ impl Ahead {
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
         loaded.recv().expect("a load that ends without a result has panicked")
+    }
+
+    /// Keeps the memory of an expert for the next one that is requested.
+    pub(super) fn give_back(&mut self, expert: Expert) {
+        expert.give_back(&self.spare);
     }
 
     /// Begins anew, with this part: what is loaded or being loaded stays if it is that one, and is dropped if a sweep

@@ -21,6 +21,18 @@ pub(super) struct Dispatch {
     pub chosen: usize,
 }
 
+/// What one expert is to compute.
+pub(super) struct Work {
+    /// Its place among those of this rank.
+    pub expert: usize,
+    /// The next one that has work.
+    pub next: Option<usize>,
+    /// `[rows, width]`
+    pub rows: Vec<f32>,
+    /// `[rows]`
+    pub scores: Vec<f32>,
+}
+
 /// The rows that one rank sent for this rank's experts.
 struct Arrived {
     /// Of each expert, rows in a row.
@@ -30,8 +42,8 @@ struct Arrived {
 }
 
 impl Dispatch {
-    /// Sends each token to the experts it chose. `run` computes one of this rank's experts, by its place among them, over
-    /// rows of any ranks. Gives, for each of a token's choices in the order of the experts' numbers, what they gave.
+    /// Sends each token to the experts it chose. `run` computes one of this rank's experts over rows of any
+    /// ranks. Gives, for each of a token's choices in the order of the experts' numbers, what they gave.
     ///
     /// All ranks of the group call it at once, those that have no tokens too. A rank holds at most what all ranks of
     /// its group send: all their tokens when it has the expert that all of them chose.
@@ -43,7 +55,7 @@ impl Dispatch {
         group: &dyn Collective,
         width: usize,
         tokens: Option<(Choices, Vec<f32>)>,
-        run: impl Fn(usize, Vec<f32>, Vec<f32>) -> Vec<f32>,
+        run: impl FnMut(Work) -> Result<Vec<f32>>,
     ) -> Result<Vec<Vec<f32>>> {
         let (choices, rows) = tokens.unwrap_or((Choices { experts: vec![], scores: vec![] }, vec![]));
         // Assignments by expert; those of one expert keep the order of the tokens.
@@ -70,7 +82,7 @@ impl Dispatch {
         });
         let arrived: Vec<Arrived> = arrived.collect::<Result<_>>()?;
 
-        let replies = serve(&arrived, self.owners[group.rank()].len(), width, run);
+        let replies = serve(&arrived, self.owners[group.rank()].len(), width, run)?;
         let replies = replies.into_iter().map(|reply| bytemuck::cast_slice(&reply).to_vec()).collect();
         let given = group.all_to_all(replies)?;
 
@@ -95,23 +107,25 @@ fn serve(
     arrived: &[Arrived],
     expert_count: usize,
     width: usize,
-    run: impl Fn(usize, Vec<f32>, Vec<f32>) -> Vec<f32>,
-) -> Vec<Vec<f32>> {
+    mut run: impl FnMut(Work) -> Result<Vec<f32>>,
+) -> Result<Vec<Vec<f32>>> {
     let mut replies: Vec<Vec<f32>> = arrived.iter().map(|from| Vec::with_capacity(from.rows.len())).collect();
-    let mut next = vec![0usize; arrived.len()];
+    let mut taken = vec![0usize; arrived.len()];
+    let load = |expert: usize| arrived.iter().map(|from| from.counts[expert] as usize).sum::<usize>();
     for expert in 0..expert_count {
         let counts: Vec<usize> = arrived.iter().map(|from| from.counts[expert] as usize).collect();
-        let total: usize = counts.iter().sum();
+        let total = load(expert);
         if total == 0 {
             continue;
         }
         let (mut rows, mut scores) = (Vec::with_capacity(total * width), Vec::with_capacity(total));
-        for ((from, next), &count) in arrived.iter().zip(&mut next).zip(&counts) {
-            rows.extend_from_slice(&from.rows[*next * width..][..count * width]);
-            scores.extend_from_slice(&from.scores[*next..][..count]);
-            *next += count;
+        for ((from, taken), &count) in arrived.iter().zip(&mut taken).zip(&counts) {
+            rows.extend_from_slice(&from.rows[*taken * width..][..count * width]);
+            scores.extend_from_slice(&from.scores[*taken..][..count]);
+            *taken += count;
         }
-        let output = run(expert, rows, scores);
+        let next = (expert + 1..expert_count).find(|&next| load(next) > 0);
+        let output = run(Work { expert, next, rows, scores })?;
         let mut output = output.as_slice();
         for (reply, &count) in replies.iter_mut().zip(&counts) {
             let (own, rest) = output.split_at(count * width);
@@ -119,7 +133,7 @@ fn serve(
             output = rest;
         }
     }
-    replies
+    Ok(replies)
 }
 
 #[cfg(test)]
@@ -145,10 +159,11 @@ mod tests {
                         let scores = (0..experts.len()).map(|n| n as f32 + 0.5).collect();
                         let tokens =
                             (!experts.is_empty()).then(|| (Choices { experts: experts.clone(), scores }, rows));
-                        let run = |expert: usize, rows: Vec<f32>, scores: Vec<f32>| {
-                            let number = (first + expert) as f32;
-                            let scores = scores.iter().flat_map(|score| [score; 2]);
-                            rows.iter().zip(scores).map(|(row, score)| row * 1000.0 + number * 10.0 + score).collect()
+                        let run = |work: Work| {
+                            let number = (first + work.expert) as f32;
+                            let scores = work.scores.iter().flat_map(|score| [score; 2]);
+                            let rows = work.rows.iter().zip(scores);
+                            Ok(rows.map(|(row, score)| row * 1000.0 + number * 10.0 + score).collect())
                         };
                         dispatch.run(&end, width, tokens, run).unwrap()
                     })

@@ -1,13 +1,19 @@
 //! One rank's part of a model, and how tokens pass it: stages hand hidden states on, summands of matrices that were cut
 //! meet, and tokens travel to the experts they chose and back. The layers themselves are those of one device.
 
+use std::cell::RefCell;
+
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::dispatch::Dispatch;
+use super::{
+    ahead::{Ahead, Loaded, Part},
+    dispatch::{Dispatch, Work},
+    slices::Slices,
+};
 use crate::{
     error::Result,
     models::{
-        DecoderConfig, Expert, Layer, RoutedLayer, TokenLayout, WeightSource,
+        Choices, DecoderConfig, Expert, Layer, RoutedLayer, TokenLayout, WeightSource,
         config::FeedForwardConfig,
         ends::{EmbeddingBlock, FinalNorm, HeadBlock},
         llama4::sharding,
@@ -16,20 +22,27 @@ use crate::{
     targets::DistillBatch,
 };
 
-use super::slices::Slices;
-
 /// What a rank has of a model.
 pub(super) struct RankModel {
     /// With this rank's numbers of heads, and its widths.
     config: DecoderConfig,
+    mesh: Mesh,
+    place: Place,
     device: Device,
     /// Of the first stage.
     embedding: Option<EmbeddingBlock>,
-    layers: Vec<RankLayer>,
+    layers: Layers,
     /// Of the last stage.
     head: Option<(FinalNorm, HeadBlock)>,
     /// Most rows that an expert multiplies at once.
     piece: usize,
+}
+
+enum Layers {
+    /// All of a stage, in memory.
+    Kept(Vec<RankLayer>),
+    /// One at a time, and one ahead.
+    Passing(Box<RefCell<Ahead>>),
 }
 
 enum RankLayer {
@@ -73,6 +86,7 @@ impl RankModel {
         source: &dyn WeightSource,
         device: &Device,
         piece: usize,
+        passing: Option<Ahead>,
     ) -> Result<Self> {
         let own = sharding::own_config(config, &mesh, place);
         let slices = Slices { source, config, mesh, place };
@@ -81,7 +95,7 @@ impl RankModel {
             0 => Some(EmbeddingBlock::load(config, ids.clone(), source, device)?),
             _ => None,
         };
-        let layers = sharding::layers(config, &mesh, place).map(|index| {
+        let load = |index: usize| {
             Ok(match own.layers[index].feed_forward {
                 FeedForwardConfig::Dense { .. } => {
                     RankLayer::Dense(Box::new(Layer::load_for_inference(&own, index, &slices, device)?))
@@ -90,14 +104,15 @@ impl RankModel {
                     let layer = RoutedLayer::load(&own, index, &slices, device)?;
                     let experts = sharding::experts(expert_count, &mesh, place);
                     let experts = experts.map(|expert| Expert::load(&own, index, expert, &slices, device));
-                    let bounds = (0..mesh.expert)
-                        .map(|expert| sharding::experts(expert_count, &mesh, place.with(Axis::Expert, expert)));
-                    let dispatch = Dispatch { owners: bounds.collect(), chosen };
+                    let dispatch = dispatch(expert_count, chosen, &mesh, place);
                     RankLayer::Routed(Box::new(layer), experts.collect::<Result<_>>()?, dispatch)
                 }
             })
-        });
-        let layers = layers.collect::<Result<_>>()?;
+        };
+        let layers = match passing {
+            Some(ahead) => Layers::Passing(Box::new(RefCell::new(ahead))),
+            None => Layers::Kept(sharding::layers(config, &mesh, place).map(load).collect::<Result<_>>()?),
+        };
         let head = if place.pipeline + 1 == mesh.pipeline {
             let block = match &embedding {
                 Some(embedding) if config.tied => embedding.head(),
@@ -107,7 +122,7 @@ impl RankModel {
         } else {
             None
         };
-        Ok(RankModel { config: own, device: device.clone(), embedding, layers, head, piece })
+        Ok(RankModel { config: own, mesh, place, device: device.clone(), embedding, layers, head, piece })
     }
 
     /// Takes a batch through this rank's layers. Gives the hidden states where this is the last stage and the batch has
@@ -122,7 +137,8 @@ impl RankModel {
                 Some(self.tensor(values(&neighbours.world.receive(previous)?)))
             }
         };
-        for layer in &self.layers {
+        let Layers::Kept(layers) = &self.layers else { panic!("layers that pass by are for sweeps") };
+        for layer in layers {
             hidden = self.layer(neighbours, layer, hidden, layout.as_ref())?;
         }
         if let (Some(next), Some(hidden)) = (neighbours.next, &hidden) {
@@ -153,15 +169,7 @@ impl RankModel {
             (RankLayer::Dense(_), None) => None,
             (RankLayer::Dense(layer), Some(attended)) => Some(layer.feed_forward_update(attended.clone()).0),
             (RankLayer::Routed(layer, experts, dispatch), attended) => {
-                let run = |expert: usize, rows: Vec<f32>, scores: Vec<f32>| {
-                    let mut output = Vec::with_capacity(rows.len());
-                    let width = self.config.hidden_size;
-                    for (rows, scores) in rows.chunks(self.piece * width).zip(scores.chunks(self.piece)) {
-                        let rows = self.tensor(rows.to_vec());
-                        output.extend(numbers(layer.routed(&experts[expert], rows, scores.to_vec())));
-                    }
-                    output
-                };
+                let run = |work: Work| Ok(self.routed(layer, &experts[work.expert], &work));
                 let tokens = attended.as_ref().map(|attended| {
                     let choices = layer.choose(attended.clone());
                     (choices, numbers(attended.clone()))
@@ -178,6 +186,97 @@ impl RankModel {
             (Some(attended), Some(update)) => Some(attended + self.sum(&neighbours.tensor, update)?),
             _ => None,
         })
+    }
+
+    /// What an expert gives, a piece after the other.
+    fn routed(&self, layer: &RoutedLayer, expert: &Expert, work: &Work) -> Vec<f32> {
+        let mut output = Vec::with_capacity(work.rows.len());
+        let pieces = work.rows.chunks(self.piece * self.config.hidden_size).zip(work.scores.chunks(self.piece));
+        for (rows, scores) in pieces {
+            output.extend(numbers(layer.routed(expert, self.tensor(rows.to_vec()), scores.to_vec())));
+        }
+        output
+    }
+
+    /// Takes the batches of a sweep through layers that are read one after the other; their hidden states at the end. All
+    /// tokens of the sweep go to the experts of a layer together, so that each expert is read once, and one that nobody
+    /// chose is not.
+    ///
+    /// # Panics
+    /// When the layers are kept, or this is not the only stage.
+    pub(super) fn sweep(&self, neighbours: &Neighbours<'_>, batches: &[DistillBatch]) -> Result<Vec<Tensor<2>>> {
+        let (Layers::Passing(ahead), Some(embedding)) = (&self.layers, &self.embedding) else {
+            panic!("a sweep is for layers that pass by, all in one stage");
+        };
+        let mut ahead = ahead.borrow_mut();
+        let first_part = |index: usize| match self.config.layers.get(index)?.feed_forward {
+            FeedForwardConfig::Dense { .. } => Some(Part::Dense(index)),
+            FeedForwardConfig::Experts { .. } => Some(Part::Routed(index)),
+        };
+        ahead.begin(first_part(0).expect("a model has layers"));
+        let layout = |batch: &DistillBatch| TokenLayout::of_batch(&self.config, batch);
+        let embed =
+            |batch: &DistillBatch| Ok(numbers(self.sum(&neighbours.tensor, embedding.rows(&layout(batch).ids))?));
+        let mut states: Vec<Vec<f32>> = batches.iter().map(embed).collect::<Result<_>>()?;
+        for index in 0..self.config.layers.len() {
+            let part = first_part(index).expect("a layer of the model");
+            match ahead.take(part)? {
+                Loaded::Dense(layer) => {
+                    first_part(index + 1).into_iter().for_each(|part| ahead.request(part));
+                    let layer = RankLayer::Dense(layer);
+                    for (batch, state) in batches.iter().zip(&mut states) {
+                        let hidden = self.tensor(std::mem::take(state));
+                        let hidden = self.layer(neighbours, &layer, Some(hidden), Some(&layout(batch)))?;
+                        *state = numbers(hidden.expect("a batch has tokens"));
+                    }
+                }
+                Loaded::Routed(layer) => {
+                    let mut choices = Choices { experts: vec![], scores: vec![] };
+                    for (batch, state) in batches.iter().zip(&mut states) {
+                        let hidden = self.tensor(std::mem::take(state));
+                        let update = layer.attention_update(hidden.clone(), &layout(batch));
+                        let attended = hidden + self.sum(&neighbours.tensor, update)?;
+                        *state = numbers(attended.clone());
+                        let found = layer.choose(attended);
+                        choices.experts.extend(found.experts);
+                        choices.scores.extend(found.scores);
+                    }
+                    let FeedForwardConfig::Experts { expert_count, chosen, .. } =
+                        self.config.layers[index].feed_forward
+                    else {
+                        unreachable!("a routed layer has experts")
+                    };
+                    let dispatch = dispatch(expert_count, chosen, &self.mesh, self.place);
+                    let first = dispatch.owners[self.place.expert].start;
+                    let run = |work: Work| {
+                        let loaded = ahead.take(Part::Expert(index, first + work.expert))?;
+                        let Loaded::Expert(expert) = loaded else { unreachable!("as it was asked for") };
+                        let next = work.next.map(|next| Part::Expert(index, first + next));
+                        next.or_else(|| first_part(index + 1)).into_iter().for_each(|part| ahead.request(part));
+                        let output = self.routed(&layer, &expert, &work);
+                        ahead.give_back(*expert);
+                        Ok(output)
+                    };
+                    let tokens = (!states.is_empty()).then(|| (choices, states.concat()));
+                    let routed = dispatch.run(&neighbours.expert, self.config.hidden_size, tokens, run)?;
+                    let mut done = 0;
+                    for state in &mut states {
+                        let attended = self.tensor(std::mem::take(state));
+                        let own = done..done + attended.dims().iter().product::<usize>();
+                        done = own.end;
+                        let shared = layer.shared(attended.clone());
+                        let add = |update, output: &Vec<f32>| update + self.tensor(output[own.clone()].to_vec());
+                        let update = routed.iter().fold(shared, add);
+                        *state = numbers(attended + self.sum(&neighbours.tensor, update)?);
+                    }
+                    if !ahead.is_loading() {
+                        first_part(index + 1).into_iter().for_each(|part| ahead.request(part));
+                    }
+                }
+                _ => unreachable!("as it was asked for"),
+            }
+        }
+        Ok(states.into_iter().map(|state| self.tensor(state)).collect())
     }
 
     /// Logits of the ids that this rank has.
@@ -207,6 +306,12 @@ impl RankModel {
         let rows = values.len() / width;
         Tensor::from_data(TensorData::new(values, [rows, width]), &self.device)
     }
+}
+
+/// Who of a rank's group has which experts.
+fn dispatch(expert_count: usize, chosen: usize, mesh: &Mesh, place: Place) -> Dispatch {
+    let owned = |expert| sharding::experts(expert_count, mesh, place.with(Axis::Expert, expert));
+    Dispatch { owners: (0..mesh.expert).map(owned).collect(), chosen }
 }
 
 fn numbers(tensor: Tensor<2>) -> Vec<f32> {

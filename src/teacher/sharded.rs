@@ -4,24 +4,30 @@
 //! With `expert`, `pipeline` and `data` alone the targets are, on the processor, those of a resident teacher in every
 //! bit; `tensor` adds up sums in parts, and changes their last bits.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
+use limbeck_kernels::host_op;
 
 use super::{
+    ahead::{Ahead, Whole},
+    budget::{Fit, Spill, StreamSettings},
     predictions::Predictions,
     rank_model::{Neighbours, RankModel},
     resident::HEAD_ROWS,
     sharded_head::ShardedHead,
+    streamed::weight_bytes,
     wire::{Command, targets_from, targets_to_bytes},
 };
 use crate::{
     checkpoint::CheckpointReader,
     error::{Error, Result},
-    models::{DecoderConfig, llama4::sharding, parameter::CheckpointWeights},
+    models::{DecoderConfig, config::FeedForwardConfig, llama4::sharding, parameter::CheckpointWeights},
     parallel::{
         Collective, Mesh, Place, in_process,
         message::{Incoming, Outgoing},
@@ -48,6 +54,8 @@ pub struct ShardSettings {
     pub temperatures: Vec<f32>,
     /// Sequences that a rank computes at once.
     pub batch_sequences: usize,
+    /// Where the layers pass by instead of staying in memory: how long the sequences are, and what one rank may take.
+    pub streaming: Option<(usize, StreamSettings)>,
 }
 
 /// A teacher of several ranks, of which this is the first.
@@ -121,6 +129,9 @@ impl ShardedTeacher {
     /// How many sequences keep all devices busy: give as many at a time.
     pub fn sequences_at_once(&self) -> usize {
         let settings = &self.rank.settings;
+        if settings.streaming.is_some() {
+            return self.rank.sweep_sequences * settings.mesh.data * settings.mesh.expert;
+        }
         let in_flight = if settings.mesh.pipeline > 1 { BATCHES_PER_STAGE * settings.mesh.pipeline } else { 1 };
         settings.batch_sequences * in_flight * settings.mesh.data * settings.mesh.expert
     }
@@ -252,26 +263,80 @@ struct Rank {
     place: Place,
     predictions: Predictions,
     model: Option<RankModel>,
+    /// Sequences of this rank that pass a layer before the next, where layers pass by: the same on every rank.
+    sweep_sequences: usize,
 }
 
 impl Rank {
     fn new(number: usize, settings: &ShardSettings) -> Result<Self> {
+        if settings.streaming.is_some() && settings.mesh.pipeline > 1 {
+            let problem = "the mesh has a `pipeline`, and a streamed teacher has all its layers on each device in turn";
+            return Err(Error::usage(problem, "use `expert`, `tensor` and `data`"));
+        }
         sharding::check(&settings.config, &settings.mesh)
             .map_err(|unfit| Error::usage(format!("the mesh's `{}` {}", unfit.axis, unfit.problem), unfit.tip))?;
         let vocab = settings.config.vocab_size;
         let predictions = Predictions::new(settings.selection.clone(), &settings.temperatures, vocab)?;
-        Ok(Rank { settings: settings.clone(), place: settings.mesh.place(number), predictions, model: None })
+        Ok(Rank {
+            settings: settings.clone(),
+            place: settings.mesh.place(number),
+            predictions,
+            model: None,
+            sweep_sequences: 0,
+        })
     }
 
     /// Loads this rank's weights. Gives the bytes that each rank read.
     fn load(&mut self, world: &dyn Collective) -> Result<Vec<u64>> {
         let ShardSettings { checkpoint, config, mesh, device, .. } = &self.settings;
         // A reader for each rank, so that each counts its own bytes.
-        let reader = CheckpointReader::open(checkpoint)?;
+        let reader = Arc::new(CheckpointReader::open(checkpoint)?);
         let source = CheckpointWeights::new(&reader);
-        self.model = Some(RankModel::load(config, *mesh, self.place, &source, device, EXPERT_ROWS)?);
-        let read = world.all_gather(&Outgoing::new().number(reader.bytes_read()).into_bytes())?;
-        read.iter().map(|bytes| Incoming::new(bytes).number()).collect()
+        let (ahead, sweep) = match &self.settings.streaming {
+            None => (None, usize::MAX),
+            Some((seq_len, settings)) => {
+                let (own, sweep) = self.sweep(&reader, *seq_len, settings)?;
+                let whole = Whole { config: Arc::new(config.clone()), mesh: *mesh, place: self.place };
+                (Some(Ahead::new(Arc::new(own), reader.clone(), device.clone(), Some(whole))?), sweep)
+            }
+        };
+        self.model = Some(RankModel::load(config, *mesh, self.place, &source, device, EXPERT_ROWS, ahead)?);
+        let own = Outgoing::new().number(reader.bytes_read()).number(sweep as u64);
+        let mut read = vec![];
+        self.sweep_sequences = sweep;
+        for bytes in world.all_gather(&own.into_bytes())? {
+            let mut message = Incoming::new(&bytes);
+            read.push(message.number()?);
+            self.sweep_sequences = self.sweep_sequences.min(message.number()? as usize);
+        }
+        Ok(read)
+    }
+
+    /// The model as this rank computes it, and the sequences of a sweep that fit into its memory.
+    fn sweep(
+        &self,
+        reader: &CheckpointReader,
+        seq_len: usize,
+        given: &StreamSettings,
+    ) -> Result<(DecoderConfig, usize)> {
+        let ShardSettings { config, mesh, device, .. } = &self.settings;
+        let own = sharding::own_config(config, mesh, self.place);
+        let ids = sharding::vocabulary(config, mesh, self.place).len();
+        let weight = weight_bytes(reader, device);
+        // Embedding and head stay; the budget counts blocks of a head besides.
+        let ends = weight.kept * 2 * (ids * own.hidden_size) as u64;
+        let mut settings = StreamSettings { spill: Spill::Never, ..given.clone() };
+        settings.taken.push(("its parts of embedding and head", ends));
+        let budgeted = DecoderConfig { vocab_size: ids, ..own.clone() };
+        let fit = Fit::new(&budgeted, seq_len, &settings, weight, host_op::runs_on(device))?;
+        // Beside its hidden states a token has, on its way to an expert and back, a row sent and one received for each
+        // choice, and on the rank of the expert that all chose those of all ranks.
+        let chosen = own.layers.iter().map(|layer| match layer.feed_forward {
+            FeedForwardConfig::Dense { .. } => 0,
+            FeedForwardConfig::Experts { chosen, .. } => chosen,
+        });
+        let rows = chosen.max().unwrap_or(0) * (3 + 3 * mesh.expert) + 2;
+        Ok((own, (fit.sweep_sequences / rows).max(1)))
     }
 
     /// Computes this rank's share of the sequences, batch by batch. Gives its targets on the rank that has them in the end.
@@ -288,18 +353,37 @@ impl Rank {
             first_id: vocabulary.start as u32,
         };
         let mut targets = self.predictions.none();
+        let mut append = |hidden: Tensor<2>, range: Range<usize>| {
+            let rows =
+                self.predictions.rows(&batch_of(&sequences[range.clone()]), |row| sequences[range.start + row].0);
+            for first in (0..rows.len()).step_by(HEAD_ROWS) {
+                let count = HEAD_ROWS.min(rows.len() - first);
+                let logits = model.logits(hidden.clone().narrow(0, first, count));
+                head.append(&logits, &rows[first..first + count], &mut targets)?;
+            }
+            Ok(())
+        };
+        if self.settings.streaming.is_some() {
+            // As many sweeps on every rank, some of them empty.
+            for sweep in 0..sequences.len().div_ceil(owners).div_ceil(self.sweep_sequences) {
+                let at = |sweep: usize| (own.start + sweep * self.sweep_sequences).min(own.end);
+                let ranges = (at(sweep)..at(sweep + 1)).step_by(size);
+                let ranges: Vec<Range<usize>> = ranges.map(|first| first..(first + size).min(at(sweep + 1))).collect();
+                let batches: Vec<DistillBatch> =
+                    ranges.iter().map(|range| batch_of(&sequences[range.clone()])).collect();
+                for (hidden, range) in model.sweep(&neighbours, &batches)?.into_iter().zip(ranges) {
+                    append(hidden, range)?;
+                }
+            }
+            return Ok((self.place.tensor == 0).then_some(targets));
+        }
         // As many batches on every rank, some of them empty, for in each layer all ranks meet.
         for batch in 0..sequences.len().div_ceil(owners).div_ceil(size) {
             let at = |batch: usize| (own.start + batch * size).min(own.end);
             let range = at(batch)..at(batch + 1);
             let batch = batch_of(&sequences[range.clone()]);
             let Some(hidden) = model.forward(&neighbours, &batch)? else { continue };
-            let rows = self.predictions.rows(&batch, |sequence| sequences[range.start + sequence].0);
-            for first in (0..rows.len()).step_by(HEAD_ROWS) {
-                let count = HEAD_ROWS.min(rows.len() - first);
-                let logits = model.logits(hidden.clone().narrow(0, first, count));
-                head.append(&logits, &rows[first..first + count], &mut targets)?;
-            }
+            append(hidden, range)?;
         }
         let has_targets = self.place.pipeline + 1 == mesh.pipeline && self.place.tensor == 0;
         Ok(has_targets.then_some(targets))

@@ -8,7 +8,7 @@ use crate::{
     models::{
         DecoderConfig, WeightSource,
         llama4::sharding::{self, Cut},
-        parameter::{Runs, Stored},
+        parameter::{Runs, Spare, Stored},
     },
     parallel::{Axis, Mesh, Place},
 };
@@ -78,6 +78,10 @@ impl WeightSource for Slices<'_> {
 
     fn stored_rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Stored> {
         self.rows(name, shape, rows)
+    }
+
+    fn spare(&self) -> Option<&Spare> {
+        self.source.spare()
     }
 }
 

@@ -82,7 +82,7 @@ impl StreamedTeacher {
         tracing::debug!("streamed teacher: {fit:?}");
         let final_norm = FinalNorm::load(&config, &CheckpointWeights::new(&reader), device)?;
         let (config, device, counts) = (Arc::new(config), device.clone(), StreamCounts::default());
-        let ahead = Ahead::new(config.clone(), reader.clone(), device.clone())?;
+        let ahead = Ahead::new(config.clone(), reader.clone(), device.clone(), None)?;
         let bytes_before = reader.bytes_read();
         Ok(StreamedTeacher {
             config,
@@ -198,7 +198,7 @@ impl StreamedTeacher {
 
 /// What a weight takes. On the processor two bytes if all matrices are bfloat16, else four, and beside that for a moment
 /// its stored bytes or, where it is decoded, four; what is put together has a piece of that besides. Elsewhere it is f32.
-fn weight_bytes(reader: &CheckpointReader, device: &Device) -> WeightBytes {
+pub(super) fn weight_bytes(reader: &CheckpointReader, device: &Device) -> WeightBytes {
     if !host_op::runs_on(device) {
         return WeightBytes { kept: 4, reading: 8 };
     }

@@ -238,6 +238,10 @@ impl Sweep<'_> {
                     }
                 }
             }
+            // Else it would stay beside something that it was not counted with.
+            if place + 1 < wanted.len() || matches!(self.after(index), Some(Part::Routed(_))) {
+                self.ahead.give_back(*weights);
+            }
         }
         if let Some(updates) = updates {
             for batch in self.batches() {

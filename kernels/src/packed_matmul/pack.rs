@@ -133,14 +133,21 @@ impl Stored<'_> {
         }
     }
 
-    /// The lines of all panels: `per_line` inputs make one, as `line` says. Missing inputs are zeros.
+    /// The lines of all panels: `per_line` inputs make one, as `line` says. Missing inputs are zeros. All lines are written,
+    /// whatever is in `spare`, whose memory is used if it is enough.
     fn panels<T: Copy + Default + Send + Sync>(
         &self,
         per_line: usize,
+        mut spare: Vec<Line<T>>,
         line: impl Fn(&[[f32; PANEL]]) -> [T; PANEL] + Sync,
     ) -> Vec<Line<T>> {
         let lines = self.inputs.div_ceil(per_line);
-        let mut all = vec![Line([T::default(); PANEL]); self.outputs.div_ceil(PANEL) * lines];
+        let count = self.outputs.div_ceil(PANEL) * lines;
+        if spare.capacity() < count {
+            spare = Vec::new();
+        }
+        let mut all = spare;
+        all.resize(count, Line([T::default(); PANEL]));
         all.par_chunks_mut(GROUP * lines).enumerate().for_each(|(group, group_lines)| {
             for first in (0..self.inputs).step_by(TILE) {
                 let count = TILE.min(self.inputs - first);
@@ -157,6 +164,14 @@ impl Stored<'_> {
     }
 }
 
+impl Stored<'_> {
+    fn bf16_panels(&self, spare: Vec<Line<u32>>) -> Vec<Line<u32>> {
+        self.panels(2, spare, |two| {
+            std::array::from_fn(|column| two[0][column].to_bits() >> 16 | two[1][column].to_bits())
+        })
+    }
+}
+
 impl PackedMatrix {
     /// Packs a stored matrix: in bfloat16 when it holds every number exactly, else in f32. Some rows of a tensor, or
     /// one expert of a stack, are a part of the tensor's bytes.
@@ -164,14 +179,38 @@ impl PackedMatrix {
     /// # Panics
     /// When `bytes` are not those of a matrix of this size, or a side is 0.
     pub fn pack(bytes: &[u8], element: Element, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+        Self::pack_into(None, bytes, element, order, inputs, outputs)
+    }
+
+    /// [`pack`](Self::pack) into the memory of a matrix that is not needed any more, if it is enough. Memory that is new
+    /// costs a system about as much time as the packing.
+    ///
+    /// # Panics
+    /// As [`pack`](Self::pack).
+    pub fn pack_into(
+        spare: Option<PackedMatrix>,
+        bytes: &[u8],
+        element: Element,
+        order: Order,
+        inputs: usize,
+        outputs: usize,
+    ) -> PackedMatrix {
         assert!(inputs > 0 && outputs > 0, "a matrix of {inputs} inputs and {outputs} outputs");
         assert_eq!(bytes.len(), inputs * outputs * element.bytes(), "the bytes of {inputs} x {outputs} {element:?}");
         let stored = Stored { bytes, element, order, inputs, outputs };
-        let panels = match element.fits_bf16(bytes) {
-            true => Panels::Bf16(stored.panels(2, |two| {
-                std::array::from_fn(|column| two[0][column].to_bits() >> 16 | two[1][column].to_bits())
-            })),
-            false => Panels::F32(stored.panels(1, |one| one[0])),
+        let fits = element.fits_bf16(bytes);
+        // What is of the other kind is given back before new memory is taken.
+        let panels = match (fits, spare.map(|matrix| matrix.panels)) {
+            (true, Some(Panels::Bf16(lines))) => Panels::Bf16(stored.bf16_panels(lines)),
+            (false, Some(Panels::F32(lines))) => Panels::F32(stored.panels(1, lines, |one| one[0])),
+            (true, other) => {
+                drop(other);
+                Panels::Bf16(stored.bf16_panels(Vec::new()))
+            }
+            (false, other) => {
+                drop(other);
+                Panels::F32(stored.panels(1, Vec::new(), |one| one[0]))
+            }
         };
         PackedMatrix { inputs, outputs, panels }
     }
