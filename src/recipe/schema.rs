@@ -4,7 +4,7 @@
 //!
 //! Unknown keys are errors. `docs/recipes.md` describes every key for users, and a test keeps it complete.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -478,7 +478,7 @@ impl LearningRateSection {
     }
 }
 
-fn path_is_empty(path: &PathBuf) -> bool {
+fn path_is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
 fn one() -> f64 {

@@ -87,6 +87,9 @@ impl TapSection {
     }
 }
 
+/// No codec holds more ids.
+const LARGEST_VOCABULARY: usize = 1 << 27;
+
 /// What can be checked before the run's length and vocabulary are known.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
     let Some(tap) = &recipe.tap else { return Ok(()) };
@@ -101,7 +104,7 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     recipe.check_temperatures("tap", &tap.temperatures)?;
     recipe.check_tap(u64::MAX, usize::MAX)?;
     // Now, and not when a teacher has run for hours.
-    let largest = TokenizerIdentity { fingerprint: String::new(), vocab_size: u32::MAX as usize - 1 };
+    let largest = TokenizerIdentity { fingerprint: String::new(), vocab_size: LARGEST_VOCABULARY };
     let anyone =
         TeacherIdentity { name: String::new(), fingerprint: String::new(), dtype: String::new(), in_training: None };
     tap.settings(anyone, String::new(), largest, 1).check().map_err(|error| match error {
