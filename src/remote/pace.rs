@@ -23,6 +23,8 @@ struct State {
 #[derive(Clone, Copy)]
 struct Server {
     under_way: usize,
+    /// All that it was ever given: of servers with as little to do, the one that had the least is next.
+    given: u64,
     rests_until: Instant,
 }
 
@@ -30,7 +32,7 @@ impl Pace {
     pub fn new(servers: usize, requests_per_second: Option<f64>) -> Pace {
         let now = Instant::now();
         let interval = requests_per_second.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(1.0 / rate));
-        let servers = vec![Server { under_way: 0, rests_until: now }; servers];
+        let servers = vec![Server { under_way: 0, given: 0, rests_until: now }; servers];
         Pace { interval, state: Mutex::new(State { next_start: now, servers }) }
     }
 
@@ -44,10 +46,12 @@ impl Pace {
                 let mut state = self.state.lock().expect("no thread panics with the lock");
                 let now = Instant::now();
                 let ready = (0..state.servers.len()).filter(|&number| state.servers[number].rests_until <= now);
-                match ready.min_by_key(|&number| (state.servers[number].under_way, number)) {
+                match ready.min_by_key(|&number| (state.servers[number].under_way, state.servers[number].given, number))
+                {
                     Some(number) if state.next_start <= now => {
                         state.next_start = now + self.interval;
                         state.servers[number].under_way += 1;
+                        state.servers[number].given += 1;
                         return Some(number);
                     }
                     Some(_) => state.next_start - now,
@@ -84,6 +88,17 @@ mod tests {
         assert_eq!(pace.turn(&stop), Some(2));
         pace.ended(1, Some(Duration::from_secs(600)));
         assert_eq!((pace.turn(&stop), pace.turn(&stop)), (Some(2), Some(0)));
+    }
+
+    #[test]
+    fn servers_that_are_never_busy_take_turns() {
+        let (pace, stop) = (Pace::new(2, None), AtomicBool::new(false));
+        let one = || {
+            let server = pace.turn(&stop);
+            pace.ended(server.unwrap(), None);
+            server
+        };
+        assert_eq!([one(), one(), one(), one()], [Some(0), Some(1), Some(0), Some(1)]);
     }
 
     #[test]
