@@ -23,7 +23,9 @@ use crate::selection::Selection;
 use crate::targets::PackedSequence;
 use crate::teacher::ResidentTeacher;
 
-/// Times each probe is run; the shortest counts, because whatever else the machine does only adds.
+/// Seconds that each probe is run for, again and again: processors are faster for a moment than for a pass.
+const PROBE_SECONDS: f64 = 1.5;
+/// Times the file is read; the shortest counts, because whatever else the machine does only adds.
 const REPEATS: usize = 3;
 /// Bytes of the file that is written and read.
 const FILE_BYTES: usize = 256 << 20;
@@ -145,7 +147,23 @@ fn all_probes() -> Result<Vec<Probe>> {
         vocab_size: 512,
         ..shapes::tiny()
     };
-    let experts = experts.decoder(Path::new("probe"))?;
+    let wide = Llama4Config {
+        hidden_size: 1024,
+        head_dim: 128,
+        num_hidden_layers: 1,
+        intermediate_size: 1536,
+        moe_layers: vec![0],
+        rotary_layers: vec![true],
+        ..experts.clone()
+    };
+    let narrow = Llama4Config {
+        hidden_size: 128,
+        head_dim: 32,
+        num_attention_heads: 4,
+        intermediate_size: 176,
+        ..experts.clone()
+    };
+    let [experts, wide, narrow] = [experts, wide, narrow].map(|config| config.decoder(Path::new("probe")));
     Ok(vec![
         dense("wide layers", [1024, 1, 4096, 16, 512], 2, 256)?,
         dense("narrow layers", [256, 8, 768, 4, 512], 4, 256)?,
@@ -153,7 +171,9 @@ fn all_probes() -> Result<Vec<Probe>> {
         dense("long sequences", [256, 2, 512, 4, 512], 1, 4096)?,
         dense("large vocabulary", [64, 1, 128, 1, 65_536], 2, 128)?,
         dense("vocabulary and layers", [576, 2, 1536, 9, 16_384], 2, 256)?,
-        Probe { name: "experts", config: experts, sequences: 4, seq_len: 256 },
+        Probe { name: "experts", config: experts?, sequences: 4, seq_len: 256 },
+        Probe { name: "wide experts", config: wide?, sequences: 4, seq_len: 256 },
+        Probe { name: "narrow experts", config: narrow?, sequences: 16, seq_len: 256 },
     ])
 }
 
@@ -168,18 +188,16 @@ fn run(probe: &Probe) -> Result<Measured> {
             segments: vec![0; probe.seq_len + 1],
         })
         .collect();
-    let mut shortest = f64::INFINITY;
     // The first run is there to fill caches and start threads.
-    for repeat in 0..=REPEATS {
-        let begun = Instant::now();
+    teacher.targets(&sequences, 0)?;
+    let (begun, mut tokens) = (Instant::now(), 0);
+    while tokens == 0 || begun.elapsed().as_secs_f64() < PROBE_SECONDS {
         teacher.targets(&sequences, 0)?;
-        if repeat > 0 {
-            shortest = shortest.min(begun.elapsed().as_secs_f64());
-        }
+        tokens += probe.sequences * probe.seq_len;
     }
-    let tokens = (probe.sequences * probe.seq_len) as f64;
+    let seconds = begun.elapsed().as_secs_f64() / tokens as f64;
     let amounts = TeacherWork::new(&probe.config, probe.seq_len as u64).amounts();
-    Ok(Measured { name: probe.name, seconds: shortest / tokens, amounts })
+    Ok(Measured { name: probe.name, seconds, amounts })
 }
 
 /// Seconds for each unit of the four amounts, none below 0, that make the least squares of the probes' relative errors.

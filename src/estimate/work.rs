@@ -98,7 +98,7 @@ impl TeacherWork {
                 FeedForwardConfig::Experts { width, expert_count, chosen } => {
                     let expert = 3.0 * hidden * width as f64;
                     // Each chosen expert's row is gathered and its output added up.
-                    work.state_values += (1 + chosen) as f64 * 3.0 * width as f64 + chosen as f64 * 3.0 * hidden;
+                    work.state_values += (1 + chosen) as f64 * 3.0 * width as f64 + chosen as f64 * 8.0 * hidden;
                     dense += expert + expert_count as f64 * hidden;
                     work.experts += expert_count as f64 * expert;
                     work.chosen_experts += chosen as f64 * expert;

@@ -84,8 +84,9 @@ pub fn resident_memory(config: &DecoderConfig, seq_len: u64, batch_tokens: u64, 
     let parts = Parts { config, width: weight, reading: weight, seq_len, threads };
     vec![
         ("weights", weight * config.parameter_counts().0),
-        ("activations", parts.scratch(batch_tokens) + 8 * parts.hidden() * batch_tokens),
-        ("logits", parts.logits(HEAD_ROWS as u64)),
+        // What is likely, where a budget counts half more to be safe.
+        ("activations", parts.scratch(batch_tokens) * 2 / 3 + 8 * parts.hidden() * batch_tokens),
+        ("logits", parts.logits(HEAD_ROWS as u64) / 2),
     ]
 }
 
