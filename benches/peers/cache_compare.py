@@ -33,7 +33,8 @@ def read(path):
 def cheapest(lines, chosen, needs):
     """Bytes and name of the cheapest of the chosen caches with at most these errors: {(student, measure): error}."""
     good = [(size, name) for size, name in chosen
-            if all(float(lines[student, name][measure] or "inf") <= most for (student, measure), most in needs.items())]
+            if all((student, name) in lines and float(lines[student, name][measure] or "inf") <= most
+                   for (student, measure), most in needs.items())]
     return min(good, default=(None, "none"))
 
 
