@@ -164,7 +164,7 @@ fn a_machine_measures_itself_and_is_planned_for() {
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     assert!(outcome.stdout.contains("experts") && outcome.stdout.trim_end().ends_with(file_name), "{}", outcome.stdout);
     let written: toml::Value = toml::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
-    for key in ["products", "attention", "states", "logits"] {
+    for key in ["products", "attention", "states", "logits", "loading"] {
         assert!(written["measured"][key].as_float().unwrap() > 1e6, "{written}");
     }
     let left: Vec<_> = fs::read_dir(folder.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -4,8 +4,6 @@
 //! Four rates are fitted to the times of the probes, each of which is mostly one of the four. So a model that is none
 //! of the probes is planned by what it is made of.
 
-use std::fs::File;
-use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Instant;
 
@@ -13,6 +11,7 @@ use burn::tensor::Device;
 use serde_json::json;
 
 use super::hardware::{Hardware, Rates};
+use super::reading::{loading_rate, read_rate};
 use super::work::TeacherWork;
 use crate::durable;
 use crate::error::{Error, Result};
@@ -25,10 +24,6 @@ use crate::teacher::ResidentTeacher;
 
 /// Seconds that each probe is run for, again and again: processors are faster for a moment than for a pass.
 const PROBE_SECONDS: f64 = 1.5;
-/// Times the file is read; the shortest counts, because whatever else the machine does only adds.
-const REPEATS: usize = 3;
-/// Bytes of the file that is written and read.
-const FILE_BYTES: usize = 256 << 20;
 
 /// A small teacher, and how many sequences of which length it is run on at once.
 struct Probe {
@@ -55,8 +50,8 @@ pub struct Calibration {
     pub probes: Vec<Measured>,
 }
 
-/// Measures this machine. `directory` is where checkpoints are read from: a file of 256 MiB is written there for a
-/// moment.
+/// Measures this machine. `directory` is where checkpoints are read from: a file of 256 MiB and a small checkpoint are
+/// written there for a moment.
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be written or read.
@@ -66,8 +61,9 @@ pub fn calibrate(directory: &Path) -> Result<Calibration> {
     for probe in all_probes()? {
         probes.push(run(&probe)?);
     }
-    let rates = fit(&probes);
     let (free, disk_bandwidth) = (memory::free().unwrap_or(0), read_rate(directory)?);
+    let loading = loading_rate(directory)?;
+    let rates = Rates { loading, threads: rayon::current_num_threads() as u64, ..fit(&probes) };
     let hardware = Hardware {
         name: "this machine".into(),
         devices: 1,
@@ -102,12 +98,13 @@ impl Calibration {
     pub fn text(&self) -> String {
         let rates = self.hardware.measured.as_ref().expect("a calibration has measured");
         let mut text = format!(
-            "products {:.1} GFLOP/s, attention {:.1} GFLOP/s, states {:.2} G/s, logits {:.2} G/s, files {:.2} GB/s\n",
+            "products {:.1} GFLOP/s, attention {:.1} GFLOP/s, states {:.2} G/s, logits {:.2} G/s, files {:.2} GB/s, weights {:.2} GB/s a thread\n",
             rates.products / 1e9,
             rates.attention / 1e9,
             rates.states / 1e9,
             rates.logits / 1e9,
             self.hardware.disk_bandwidth / 1e9,
+            rates.loading / 1e9,
         );
         for probe in &self.probes {
             let planned = rates.seconds(probe.amounts);
@@ -201,6 +198,7 @@ fn run(probe: &Probe) -> Result<Measured> {
 }
 
 /// Seconds for each unit of the four amounts, none below 0, that make the least squares of the probes' relative errors.
+/// Loading of weights is no part of them.
 fn fit(probes: &[Measured]) -> Rates {
     // Amounts by time, so that each probe's sum should be 1; each column by its size, so that steps suit all of them.
     let scales: [f64; 4] = std::array::from_fn(|column| {
@@ -224,7 +222,8 @@ fn fit(probes: &[Measured]) -> Rates {
     }
     // What costs nothing beside the rest has a rate that no model reaches.
     let rate = |column: usize| (scales[column] / shares[column].max(1e-9)).min(1e18);
-    Rates { products: rate(0), attention: rate(1), states: rate(2), logits: rate(3) }
+    let loading = f64::INFINITY;
+    Rates { products: rate(0), attention: rate(1), states: rate(2), logits: rate(3), loading, threads: 1 }
 }
 
 impl Rates {
@@ -235,44 +234,13 @@ impl Rates {
     }
 }
 
-/// Bytes per second of a file that was just written: from the page cache, where memory has room for it, as checkpoints
-/// are that were read before.
-fn read_rate(directory: &Path) -> Result<f64> {
-    let mut file = tempfile_in(directory)?;
-    let path = file.1.clone();
-    let mut buffer = vec![0u8; 16 << 20];
-    let written = (|| {
-        for _ in 0..FILE_BYTES / buffer.len() {
-            file.0.write_all(&buffer)?;
-        }
-        file.0.sync_all()?;
-        let mut shortest = f64::INFINITY;
-        for _ in 0..REPEATS {
-            let begun = Instant::now();
-            let mut read = File::open(&path)?;
-            while read.read(&mut buffer)? > 0 {}
-            shortest = shortest.min(begun.elapsed().as_secs_f64());
-        }
-        Ok(FILE_BYTES as f64 / shortest)
-    })();
-    // Whatever became of it, nobody needs the file.
-    let _ = std::fs::remove_file(&path);
-    written.map_err(Error::io(&path))
-}
-
-fn tempfile_in(directory: &Path) -> Result<(File, std::path::PathBuf)> {
-    let path = directory.join(format!(".limbeck-calibration-{}", std::process::id()));
-    let file = File::create_new(&path).map_err(Error::io(&path))?;
-    Ok((file, path))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn rates_that_made_the_times_are_found_again() {
-        let truth = Rates { products: 2e11, attention: 3e10, states: 4e9, logits: 5e8 };
+        let truth = Rates { products: 2e11, attention: 3e10, states: 4e9, logits: 5e8, loading: 1e9, threads: 2 };
         let probes: Vec<Measured> = all_probes()
             .unwrap()
             .iter()
@@ -290,14 +258,5 @@ mod tests {
         ] {
             assert!((found / truth - 1.0).abs() < 0.02, "{found} {truth}");
         }
-    }
-
-    #[test]
-    fn the_file_that_is_read_does_not_stay() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(read_rate(folder.path()).unwrap() > 1e6);
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-        let missing = read_rate(&folder.path().join("missing")).unwrap_err().to_string();
-        assert!(missing.contains("missing"), "{missing}");
     }
 }

@@ -59,6 +59,10 @@ pub struct Rates {
     pub states: f64,
     /// Logits that targets are chosen from.
     pub logits: f64,
+    /// Bytes of weights that one thread reads and makes ready to multiply by.
+    pub loading: f64,
+    /// Threads of the processor, of which a streamed teacher gives one to loading.
+    pub threads: u64,
 }
 
 fn one() -> u64 {
@@ -156,6 +160,8 @@ impl Hardware {
                 ("attention", rates.attention),
                 ("states", rates.states),
                 ("logits", rates.logits),
+                ("loading", rates.loading),
+                ("threads", rates.threads as f64),
             ] {
                 if !(rate.is_finite() && rate > 0.0) {
                     let problem = format!("`measured.{key}` is {rate}");

@@ -7,6 +7,7 @@
 pub mod calibrate;
 pub mod hardware;
 pub mod modes;
+mod reading;
 pub mod report;
 pub mod work;
 

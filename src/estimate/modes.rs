@@ -133,7 +133,11 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
                     let compute = tokens * hardware.seconds_per_token(work);
                     let experts = work.experts.min(tokens * work.chosen_experts);
                     let read = (work.dense + experts + work.embedding + work.head) * job.weights.bytes();
-                    let disk = read / hardware.disk_bandwidth;
+                    // Weights are read by one of the threads that otherwise compute.
+                    let (loading, threads) =
+                        hardware.measured.as_ref().map_or((f64::INFINITY, 1), |rates| (rates.loading, rates.threads));
+                    let disk = read / hardware.disk_bandwidth.min(loading);
+                    let compute = compute + read / loading / threads as f64;
                     estimate.times = vec![("products", compute), ("disk", disk)];
                     estimate.seconds = compute.max(disk);
                     estimate.tokens_at_once = tokens;

@@ -68,6 +68,8 @@ struct Shared {
     asked: Mutex<Vec<Asked>>,
     under_way: AtomicUsize,
     most_under_way: AtomicUsize,
+    /// Milliseconds that every answer takes at least.
+    pace: AtomicUsize,
     stopped: AtomicBool,
 }
 
@@ -83,6 +85,7 @@ impl PromptServer {
             asked: Mutex::default(),
             under_way: AtomicUsize::new(0),
             most_under_way: AtomicUsize::new(0),
+            pace: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
         });
         let serving = shared.clone();
@@ -120,6 +123,11 @@ impl PromptServer {
     /// The requests for completions, in the order they came in.
     pub fn asked(&self) -> Vec<Asked> {
         self.shared.asked.lock().unwrap().clone()
+    }
+
+    /// Has every answer from now on take so many milliseconds, so that requests meet.
+    pub fn take_at_least(&self, milliseconds: usize) {
+        self.shared.pace.store(milliseconds, Ordering::Relaxed);
     }
 
     pub fn most_under_way(&self) -> usize {
@@ -238,6 +246,7 @@ impl Shared {
                     self.asked.lock().unwrap().push(asked);
                     let now = self.under_way.fetch_add(1, Ordering::Relaxed) + 1;
                     self.most_under_way.fetch_max(now, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(self.pace.load(Ordering::Relaxed) as u64));
                     let going_on = self.complete(&mut writer, &body);
                     self.under_way.fetch_sub(1, Ordering::Relaxed);
                     going_on?
