@@ -61,6 +61,13 @@ pub(super) struct Whole {
     pub place: Place,
 }
 
+impl Whole {
+    /// What is here of the whole model's weights.
+    pub(super) fn slices<'a>(&'a self, source: &'a dyn WeightSource) -> Slices<'a> {
+        Slices { source, config: &self.config, mesh: self.mesh, place: self.place }
+    }
+}
+
 /// Loads one part at a time, on a thread of its own.
 pub(super) struct Ahead {
     config: Arc<DecoderConfig>,
@@ -114,20 +121,12 @@ impl Ahead {
             };
             let loaded = match &part_of {
                 None => wanted.load(&config, &source, &device),
-                Some(Whole { config: whole, mesh, place }) => {
-                    let slices = Slices { source: &source, config: whole, mesh: *mesh, place: *place };
-                    wanted.load(&config, &slices, &device)
-                }
+                Some(whole) => wanted.load(&config, &whole.slices(&source), &device),
             };
             // Nobody listens any more when the teacher is gone.
             drop(sender.send(loaded));
         });
         self.pending = Some((part, receiver));
-    }
-
-    /// Whether a part has been requested and not taken.
-    pub(super) fn is_loading(&self) -> bool {
-        self.pending.is_some()
     }
 
     /// The part, loaded.
