@@ -96,9 +96,9 @@ fn check(checkpoint: &Path, selection: &Selection, meshes: &[Mesh], count: usize
             assert!(teacher.targets(&numbered).unwrap() == expected, "{what}: other bits");
             let counts = teacher.stream_counts();
             assert_eq!(counts.len(), mesh.size());
-            let owners = (mesh.data * mesh.expert) as u64;
-            let tokens = counts.iter().map(|counts| counts.tokens).sum::<u64>() * owners / mesh.size() as u64;
-            assert_eq!(tokens, (count * LENGTH) as u64 * owners, "{what}: each rank of a group has passed its own");
+            let tokens = counts.iter().map(|counts| counts.tokens).sum::<u64>();
+            let passed = count * LENGTH * mesh.tensor * mesh.pipeline;
+            assert_eq!(tokens, passed as u64, "{what}: each sequence passes one group of ranks");
             assert!(counts.iter().all(|counts| (counts.spilled_sweeps > 0) == spilled), "{what}: {counts:?}");
         }
     }
@@ -343,6 +343,37 @@ fn a_disk_that_is_full_ends_all_ranks_with_the_same_words_and_seals_nothing_wron
     assert!(small.shortened(&stderr).contains(message), "{stderr}");
     assert_eq!(sealed(&small, "run"), 0);
     assert!(files(&cache(&small, "run", &overrides)) == expected);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_is_full_when_a_shard_is_sealed_stops_any_teacher_and_leaves_what_is_sealed() {
+    let small = small_run();
+    let shards = "cache.sequences_per_shard=40";
+    let expected = files(&cache(&small, "expected", &[shards]));
+    let largest = expected.values().map(Vec::len).max().unwrap();
+    let teachers: [&[&str]; 4] =
+        [&[], &[STREAMED], &["teacher.mesh={ expert = 2 }"], &[STREAMED, "teacher.mesh={ expert = 2 }"]];
+    for (number, more) in teachers.into_iter().enumerate() {
+        let name = format!("full{number}");
+        let overrides = [&[shards], more].concat();
+        let words = overrides.iter().map(|word| format!("--set '{word}'")).collect::<Vec<_>>().join(" ");
+        // A little less than a shard takes, in KiB; everything else of the run is smaller.
+        let command = format!(
+            "trap '' XFSZ; ulimit -f {}; exec {} precompute-teacher-logits {} --run-dir {} {words}",
+            largest / 1024 - 1,
+            env!("CARGO_BIN_EXE_limbeck"),
+            small.path("recipe.toml").display(),
+            small.path(&name).display()
+        );
+        let output = Command::new("bash").args(["-c", &command]).stdin(Stdio::null()).output().unwrap();
+        let stderr = small.shortened(&String::from_utf8(output.stderr).unwrap());
+        assert_eq!(output.status.code(), Some(1), "{overrides:?}: {stderr}");
+        assert!(stderr.contains(&format!("DIR/{name}/cache/train/shards/00000.safetensors")), "{stderr}");
+        assert!(stderr.contains("(os error 27)"), "{stderr}");
+        assert_eq!(sealed(&small, &name), 0, "{overrides:?}");
+        assert!(files(&cache(&small, &name, &overrides)) == expected, "{overrides:?}: it goes on to the same bytes");
+    }
 }
 
 /// Where an expert of a layer has its last number in the small run's teacher.

@@ -16,7 +16,7 @@ use crate::{
     inputs::Inputs,
     memory,
     models::{Decoder, DecoderConfig, parameter::CheckpointWeights},
-    parallel::Collective,
+    parallel::{Collective, launch},
     recipe::{Recipe, TeacherMode, TeacherSection},
     remote::RemoteTeacher,
     run::RunOptions,
@@ -218,7 +218,7 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, run_dir: &Path, pa
     let (own, parts) = (memory::of_this_process(), parts as u64);
     let memory = match section.memory {
         Some(memory) => memory,
-        None => memory::free().map(|free| own + free / 4 * 3).ok_or_else(|| {
+        None => memory::free().map(|free| own + free / 4 * 3 / launch::processes_here() as u64).ok_or_else(|| {
             recipe.error("teacher.memory", "is missing, and this system does not say what is free", "give a size")
         })?,
     };

@@ -63,7 +63,8 @@ pub(super) struct Rounds {
 }
 
 impl Rounds {
-    /// All ranks of the group call it at once. `owners`: the experts of each of them, in order.
+    /// All ranks of the group call it at once. `owners`: the experts of each of them, in order. `first`: the one of its
+    /// experts that this rank wants to begin with, because it is reading it; a token of its own chose it.
     ///
     /// # Errors
     /// When a rank is lost.
@@ -71,19 +72,28 @@ impl Rounds {
         group: &dyn Collective,
         owners: &[Range<usize>],
         own: &ByExpert,
+        first: Option<usize>,
         piece: usize,
     ) -> Result<Rounds> {
-        let counts: Vec<u32> = own.starts.windows(2).map(|pair| (pair[1] - pair[0]) as u32).collect();
-        let counts = group.all_gather(bytemuck::cast_slice(&counts))?;
-        let counts: Vec<Vec<u32>> = counts.iter().map(|bytes| values(bytes)).collect();
-        Ok(Rounds::new(owners, &counts, piece))
+        let counts = own.starts.windows(2).map(|pair| (pair[1] - pair[0]) as u32);
+        let message: Vec<u32> = counts.chain([first.map_or(u32::MAX, |first| first as u32)]).collect();
+        let all = group.all_gather(bytemuck::cast_slice(&message))?;
+        let all: Vec<Vec<u32>> = all.iter().map(|bytes| values(bytes)).collect();
+        Ok(Rounds::new(owners, &all, piece))
     }
 
-    /// `counts`: of each rank, how many of its tokens chose each expert.
+    /// `counts`: of each rank, how many of its tokens chose each expert, and after that the expert it begins with.
     fn new(owners: &[Range<usize>], counts: &[Vec<u32>], piece: usize) -> Rounds {
         let most = |expert: usize| counts.iter().map(|counts| counts[expert] as usize).max().unwrap_or(0);
         let steps = |expert: usize| (0..most(expert)).step_by(piece).map(move |first| Step { expert, first });
-        Rounds { steps: owners.iter().map(|owned| owned.clone().flat_map(steps).collect()).collect(), piece }
+        let of_rank = |(owned, counts): (&Range<usize>, &Vec<u32>)| {
+            let mut experts: Vec<usize> = owned.clone().collect();
+            if let Some(place) = experts.iter().position(|&expert| Some(&(expert as u32)) == counts.last()) {
+                experts[..=place].rotate_right(1);
+            }
+            experts.into_iter().flat_map(steps).collect()
+        };
+        Rounds { steps: owners.iter().zip(counts).map(of_rank).collect(), piece }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -166,15 +176,23 @@ mod tests {
         ];
         for (experts, piece) in cases.iter().flat_map(|case| [1, 2, 3, 100].map(|piece| (case, piece))) {
             let own: Vec<ByExpert> = experts.iter().map(|experts| ByExpert::new(experts, 6)).collect();
-            let counts: Vec<Vec<u32>> =
-                own.iter().map(|own| (0..6).map(|expert| own.of(expert).len() as u32).collect()).collect();
-            let rounds = Rounds::new(&owners, &counts, piece);
+            // A rank begins with the last of its experts that its own tokens chose.
+            let first = |rank: usize| own[rank].chosen().into_iter().rfind(|expert| owners[rank].contains(expert));
+            let count = |rank: usize, expert: usize| own[rank].of(expert).len() as u32;
+            let message = |rank: usize| {
+                let first = first(rank).map_or(u32::MAX, |first| first as u32);
+                (0..6).map(|expert| count(rank, expert)).chain([first]).collect()
+            };
+            let rounds = Rounds::new(&owners, &(0..3).map(message).collect::<Vec<_>>(), piece);
             for (rank, owned) in owners.iter().enumerate() {
                 let needed: Vec<usize> = owned
                     .clone()
                     .filter(|expert| experts.iter().flatten().any(|chosen| *chosen as usize == *expert))
                     .collect();
-                assert_eq!(rounds.experts(rank), needed, "{experts:?}");
+                let mut found = rounds.experts(rank);
+                assert!(first(rank).is_none_or(|first| found[0] == first), "{experts:?}: {found:?}");
+                found.sort_unstable();
+                assert_eq!(found, needed, "{experts:?}");
             }
             for (own, experts) in own.iter().zip(experts) {
                 let mut sent = vec![];

@@ -133,8 +133,15 @@ impl Sweep<'_> {
         let (group, owners) = (&neighbours.expert, neighbours.owners(expert_count));
         let (width, rows) = (self.config.hidden_size, self.sequences.len() * self.length);
         let mut choices = no_choices(rows * chosen);
+        let (mut first, here) = (None, &owners[group.rank()]);
         for batch in self.batches() {
             let (_, found) = self.attend(layer, states, &batch)?;
+            if first.is_none() {
+                // As on one device; the order of experts is none of the sums' here.
+                let own = found.experts.iter().map(|&expert| expert as usize).filter(|expert| here.contains(expert));
+                first = own.min();
+                first.into_iter().for_each(|expert| self.ahead.request(Part::Expert(index, expert)));
+            }
             choices.experts.extend(found.experts);
             choices.scores.extend(found.scores);
         }
@@ -147,12 +154,12 @@ impl Sweep<'_> {
         let own = ByExpert::new(&choices.experts, expert_count);
         // A rank has at most a batch of rows in a round.
         let piece = (self.fit.batch_sequences * self.length / group.size()).max(1);
-        let rounds = Rounds::agree(group, &owners, &own, piece)?;
+        let rounds = Rounds::agree(group, &owners, &own, first, piece)?;
         let wanted = rounds.experts(group.rank());
         let mut coming = wanted.iter().copied();
-        match wanted.first() {
-            Some(&expert) => self.ahead.request(Part::Expert(index, expert)),
-            None => self.after(index).into_iter().for_each(|part| self.ahead.request(part)),
+        if first.is_none() {
+            let part = wanted.first().map(|&expert| Part::Expert(index, expert));
+            part.or_else(|| self.after(index)).into_iter().for_each(|part| self.ahead.request(part));
         }
         let mut in_use: Option<(usize, Box<Expert>)> = None;
         for round in 0..rounds.count() {
@@ -216,8 +223,7 @@ impl Sweep<'_> {
                 states.write(rows.start, &values(attended + self.sum(update)?))?;
             }
         }
-        let here = owners[group.rank()].len();
-        Ok(Experts { read: wanted.len() as u64, left_out: (here - wanted.len()) as u64 })
+        Ok(Experts { read: wanted.len() as u64, left_out: (here.len() - wanted.len()) as u64 })
     }
 
     /// An expert that was asked for; begins to read what follows it.
