@@ -72,6 +72,29 @@ fn two_and_four_processes_make_the_cache_of_one() {
 }
 
 #[test]
+fn a_teacher_that_is_streamed_by_several_processes_makes_the_cache_of_the_mesh_in_memory() {
+    let small = small_run();
+    let meshes = [
+        (2, "{ expert = 2 }", "teacher.sweep_tokens=640"),
+        (2, "{ tensor = 2 }", "teacher.spill=always"),
+        (2, "{ pipeline = 2 }", "teacher.sweep_tokens=64"),
+        (4, "{ tensor = 2, expert = 2 }", "teacher.memory=\"2GiB\""),
+    ];
+    for (number, (ranks, mesh, more)) in meshes.into_iter().enumerate() {
+        let mesh = format!("teacher.mesh={mesh}");
+        let expected = files(&cache(&small, &format!("memory{number}"), &[&mesh]));
+        let found = run(&small, ranks, &format!("streamed{number}"), &["teacher.mode=streamed", &mesh, more]);
+        assert!(files(&found) == expected, "{mesh}");
+    }
+    // Each process has the whole of the memory, and says itself when it is too little.
+    let overrides = ["teacher.mode=streamed", "teacher.memory=\"1MiB\"", "teacher.mesh={ expert = 2 }"];
+    let output = finished(mpirun(&small, 2, "little", &overrides).spawn().unwrap());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_ne!(output.status.code(), Some(0));
+    assert!(stderr.contains("the streamed teacher does not fit into 1MiB of memory; it takes "), "{stderr}");
+}
+
+#[test]
 fn a_finished_cache_is_recognised_and_all_ranks_end() {
     let small = small_run();
     let overrides = ["teacher.mesh={ data = 2 }"];
@@ -137,8 +160,17 @@ fn ranks_of(mpirun: &Child) -> Vec<(usize, u32)> {
 
 #[test]
 fn a_killed_rank_ends_all_others_and_the_same_command_goes_on() {
+    kill_each_rank(&["teacher.mesh={ expert = 2 }"]);
+}
+
+#[test]
+fn a_rank_that_is_killed_while_it_streams_ends_all_others_and_the_same_command_goes_on() {
+    kill_each_rank(&["teacher.mesh={ expert = 2 }", "teacher.mode=streamed", "teacher.sweep_tokens=32"]);
+}
+
+fn kill_each_rank(more: &[&str]) {
     let small = small_run();
-    let overrides = ["cache.sequences_per_shard=3", "teacher.mesh={ expert = 2 }"];
+    let overrides = [&["cache.sequences_per_shard=3"], more].concat();
     let expected = files(&cache(&small, "resident", &overrides[..1]));
     for killed in [1, 0] {
         let name = format!("killed{killed}");

@@ -114,6 +114,39 @@ fn what_fits_comes_first_and_the_fastest_of_it_first_of_all() {
 }
 
 #[test]
+fn devices_that_cannot_hold_a_teacher_together_may_stream_it_in_groups() {
+    let folder = Folder::new();
+    // 8 x 80 GB hold no Behemoth in bf16, and 8 x 80 GB hold a Scout.
+    let plan = folder.json(&["--teacher", "behemoth", "--hardware", "8xh100"]);
+    let (alone, eight) = (way(&plan, 0, "streamed"), way(&plan, 0, "streamed on 8"));
+    let part = |way: &Value, name: &str| way["memory_bytes"][name].as_f64().unwrap();
+    near(&eight["memory_bytes"]["two layers"], part(alone, "two layers") / 8.0);
+    // Two sums of the states a layer over a ring of eight, in bf16: 4 * 7/8 * 2 bytes, 128 layers, 16,384 numbers.
+    let tokens = eight["tokens_at_once"].as_f64().unwrap();
+    let hardware = &plan["hardware"][0]["hardware"];
+    let link = hardware["link_bandwidth"].as_f64().unwrap();
+    let (layers, hidden) = (shapes::behemoth().num_hidden_layers as f64, shapes::behemoth().hidden_size as f64);
+    near(&eight["seconds_by_part"]["links"], tokens * 4.0 * 7.0 / 8.0 * 2.0 * layers * hidden / link);
+    let rates = [alone, eight].map(|way| way["tokens_per_second"].as_f64().unwrap());
+    assert!(rates[1] < rates[0], "what is sent takes time, and nothing is gained where a layer fits: {rates:?}");
+    let scout = folder.json(&["--teacher", "scout", "--hardware", "8xh100"]);
+    let ways = scout["hardware"][0]["ways"].as_array().unwrap();
+    assert!(ways.iter().all(|way| !way["mode"].as_str().unwrap().starts_with("streamed on")), "it fits without");
+
+    // Devices of 12 GB, each too small for two layers of Behemoth, and four of them together large enough.
+    let file = folder.path("small.toml");
+    let text = "name = \"small\"\ndevices = 4\ndevice_memory = 12_000_000_000\nmatmul_flops = 1e14\nefficiency = 0.4\n\
+                memory_bandwidth = 1e12\nlink_bandwidth = 5e10\nhost_memory = 256_000_000_000\n\
+                host_bandwidth = 2e10\ndisk_bandwidth = 6e9\n";
+    fs::write(&file, text).unwrap();
+    let hardware = ["--teacher", "behemoth", "--hardware", file.to_str().unwrap()];
+    let plan = folder.json(&[&hardware[..], &["--set", "teacher.batch_tokens=8192"]].concat());
+    assert!(way(&plan, 0, "streamed")["obstacle"].is_string(), "{plan:#}");
+    assert!(way(&plan, 0, "streamed on 4")["obstacle"].is_null(), "{plan:#}");
+    assert_eq!(plan["hardware"][0]["ways"][0]["mode"], "streamed on 4", "what fits comes first");
+}
+
+#[test]
 fn hardware_is_read_from_files_and_mistakes_in_them_are_named() {
     let folder = Folder::new();
     let file = folder.path("box.toml");

@@ -8,89 +8,21 @@ mod sharded_run;
 mod small_run;
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Device;
-use limbeck::checkpoint::{CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors};
+use limbeck::checkpoint::{CheckpointReader, read_safetensors};
 use limbeck::models::llama4::{Llama4Config, sharding};
-use limbeck::models::{Decoder, DecoderConfig, RandomWeights, read_config};
 use limbeck::parallel::{Axis, Collective, Mesh, Operation, in_process};
 use limbeck::selection::Selection;
-use limbeck::targets::{PackedSequence, SparseTargets};
+use limbeck::targets::PackedSequence;
 use limbeck::teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, sharded};
-use limbeck::train::trainer::write_model;
 use limbeck::{Error, Result, precompute};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use sharded_run::*;
 use small_run::*;
-
-const LENGTH: usize = 32;
-const ONE: Mesh = Mesh { expert: 1, tensor: 1, pipeline: 1, data: 1 };
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
-
-/// Packed documents of random ids.
-fn sequences(vocab: usize, count: usize) -> Vec<PackedSequence> {
-    let mut random = ChaCha8Rng::seed_from_u64(7);
-    let mut document = || (0..random.random_range(2..40)).map(|_| random.random_range(0..vocab as u32)).collect();
-    let documents: Vec<Vec<u32>> = (0..3 * count).map(|_| document()).collect();
-    let mut packed = limbeck::data::pack(&documents, LENGTH, 0);
-    assert!(packed.len() >= count);
-    packed.truncate(count);
-    packed
-}
-
-fn config_of(dir: &Path) -> DecoderConfig {
-    let reader = CheckpointReader::open(dir).unwrap();
-    read_config(reader.config_path(), reader.config()).unwrap()
-}
-
-fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSettings {
-    ShardSettings {
-        checkpoint: checkpoint.into(),
-        config: config_of(checkpoint),
-        mesh,
-        device: Device::flex(),
-        selection,
-        temperatures: vec![1.0, 2.0],
-        batch_sequences: 2,
-        streaming: None,
-    }
-}
-
-fn sharded_teacher(checkpoint: &Path, mesh: Mesh, selection: Selection) -> Result<ShardedTeacher> {
-    ShardedTeacher::in_process(&settings(checkpoint, mesh, selection), &vec![Device::flex(); mesh.size()])
-}
-
-fn numbered(sequences: &[PackedSequence]) -> Vec<(u64, &PackedSequence)> {
-    (5..).zip(sequences).collect()
-}
-
-/// A dense model of the Llama family with these keys beside what all have.
-fn write_dense(dir: &Path, more: serde_json::Value) {
-    let mut json = serde_json::json!({
-        "model_type": "llama", "hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 60, "num_hidden_layers": 4, "vocab_size": 301, "max_position_embeddings": 64,
-    });
-    json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let config = read_config(dir, &json).unwrap();
-    let weights = RandomWeights { seed: 11, std: 0.2 };
-    let mut model = Decoder::load(config, &weights, &Device::flex()).unwrap();
-    write_model(&mut model, dir, &EXPORT, &[], None).unwrap();
-}
-
-fn joined(all: &[SparseTargets]) -> SparseTargets {
-    let mut joined = SparseTargets::empty(&[1.0, 2.0]);
-    all.iter().for_each(|targets| joined.extend(targets));
-    joined
-}
 
 fn check_meshes(checkpoint: &Path, selection: Selection, meshes: &[Mesh], count: usize) {
     let sequences = sequences(config_of(checkpoint).vocab_size, count);
@@ -108,29 +40,6 @@ fn check_meshes(checkpoint: &Path, selection: Selection, meshes: &[Mesh], count:
         }
     }
 }
-
-const DENSE_MESHES: [Mesh; 11] = [
-    Mesh { tensor: 2, ..ONE },
-    Mesh { tensor: 3, ..ONE },
-    Mesh { tensor: 4, ..ONE },
-    Mesh { pipeline: 2, ..ONE },
-    Mesh { pipeline: 3, ..ONE },
-    Mesh { pipeline: 4, ..ONE },
-    Mesh { data: 2, ..ONE },
-    Mesh { data: 3, ..ONE },
-    Mesh { data: 4, ..ONE },
-    Mesh { pipeline: 2, tensor: 2, ..ONE },
-    Mesh { data: 2, tensor: 2, ..ONE },
-];
-
-const EXPERT_MESHES: [Mesh; 6] = [
-    Mesh { expert: 2, ..ONE },
-    Mesh { expert: 3, ..ONE },
-    Mesh { expert: 4, ..ONE },
-    Mesh { expert: 2, tensor: 2, ..ONE },
-    Mesh { expert: 2, pipeline: 2, ..ONE },
-    Mesh { expert: 2, data: 2, ..ONE },
-];
 
 #[test]
 fn a_dense_teacher_on_two_to_four_devices_gives_what_it_gives_on_one() {
@@ -309,32 +218,6 @@ fn a_rank_reads_its_own_part_of_the_weights() {
     assert!(four.iter().all(|&bytes| bytes < all / 3), "{four:?} of {all}");
 }
 
-/// Changes the values of a checkpoint's tensors.
-fn change(dir: &Path, mut change: impl FnMut(&str, &[usize], &mut [f32])) {
-    let path = dir.join("model.safetensors");
-    let file = read_safetensors(&path).unwrap();
-    let names: Vec<String> = file.names().map(String::from).collect();
-    let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = names
-        .into_iter()
-        .map(|name| {
-            let shape = file.info(&name).unwrap().shape.clone();
-            let mut values = file.load_f32(&name, &shape).unwrap();
-            change(&name, &shape, &mut values);
-            (name, shape, values)
-        })
-        .collect();
-    drop(file);
-    let entries: Vec<SafetensorsEntry> = tensors
-        .iter()
-        .map(|(name, shape, _)| SafetensorsEntry { name: name.clone(), shape: shape.clone(), dtype: Dtype::F32 })
-        .collect();
-    let mut fetch = |name: &str| {
-        let found = tensors.iter().find(|(known, _, _)| known == name).unwrap();
-        Ok(TensorData::F32(found.2.clone().into()))
-    };
-    write_safetensors(&path, &entries, &BTreeMap::new(), &mut fetch).unwrap();
-}
-
 #[test]
 fn uneven_loads_and_one_expert_that_takes_all_are_right() {
     let folder = tempfile::tempdir().unwrap();
@@ -377,29 +260,6 @@ fn the_cache_of_a_teacher_on_several_devices_is_that_of_one() {
             assert_close(mesh, &all_targets(&found.join(split)), &all_targets(&expected.join(split)));
         }
     }
-}
-
-#[test]
-fn a_teacher_that_is_streamed_on_several_devices_makes_the_same_cache() {
-    let small = small_run();
-    let expected = cache(&small, "resident", &[]);
-    let bytes = files(&expected);
-    let streamed = ["teacher.mode=streamed", "teacher.memory=\"4GiB\""];
-    for (number, mesh) in ["{ expert = 4 }", "{ data = 2 }", "{ expert = 2, data = 2 }"].into_iter().enumerate() {
-        let mesh = format!("teacher.mesh={mesh}");
-        let overrides = [&streamed[..], &[&mesh]].concat();
-        assert!(files(&cache(&small, &format!("same{number}"), &overrides)) == bytes, "{mesh}");
-    }
-    // Sweeps of few sequences, and none for some ranks at the end.
-    let overrides = [&streamed[..], &["teacher.mesh={ expert = 3 }", "teacher.sweep_tokens=200"]].concat();
-    assert!(files(&cache(&small, "short", &overrides)) == bytes);
-    let found = cache(&small, "close", &[&streamed[..], &["teacher.mesh={ tensor = 2, expert = 2 }"]].concat());
-    for split in ["train", "held_out"] {
-        assert_close("streamed", &all_targets(&found.join(split)), &all_targets(&expected.join(split)));
-    }
-    let recipe = small.recipe(&["teacher.mode=streamed", "teacher.memory=\"1MiB\"", "teacher.mesh={ expert = 2 }"]);
-    let message = precompute::run(&recipe, &small.options("little")).unwrap_err().to_string();
-    assert!(message.contains("the streamed teacher does not fit into 512KiB of memory; it takes "), "{message}");
 }
 
 #[test]
@@ -585,11 +445,6 @@ fn a_mesh_that_the_teacher_does_not_fit_is_refused_by_its_key() {
     );
     assert_eq!(refused(&["teacher.mesh={ data = 0 }"]), ".data` is 0; use at least 1");
     assert!(refused(&["teacher.mesh={ data = 70000 }"]).starts_with("` has 70000 devices; use at most 65535"));
-    assert_eq!(
-        refused(&["teacher.mesh={ pipeline = 2 }", "teacher.mode=streamed"]),
-        ".pipeline` is 2, and a streamed teacher has all its layers on each device in turn; use `expert`, `tensor` and \
-         `data`, or teacher.mode = \"resident\""
-    );
     let outcome = small.limbeck("precompute-teacher-logits", &["--set", "teacher.mesh={ experts = 2 }"]);
     assert!(outcome.code == 2 && outcome.stderr.contains("did you mean `expert`?"), "{}", outcome.stderr);
 }

@@ -17,7 +17,8 @@ use super::model::{
 use super::quantizer::RowKind;
 use super::rans::{ESCAPE, Sink, Table, Tables};
 use super::record::{QuantisedRow, RecordShape};
-use super::walk::{Scale, Workspace};
+use super::scale::Scale;
+use super::walk::Workspace;
 use crate::targets::{PackedSequence, SparseTargets};
 
 /// How large a coder may become.

@@ -3,13 +3,14 @@
 
 use super::codec::Block;
 use super::coder::{Coder, context};
+use super::direction::{Reading, Writing};
 use super::manifest::QuantiserError;
 use super::model::Model;
 use super::rans::{Decoder, Encoder, Sink, Tables};
 use super::record::{
     QuantisedRow, RecordShape, check, prepare, push_empty_row, segment_after, segment_runs, segment_step,
 };
-use super::walk::{Reading, Walk, Workspace, Writing};
+use super::walk::{Walk, Workspace};
 use crate::targets::{PADDING, PackedSequence, SparseTargets};
 
 /// A sequence with its rows quantised, in the order of its valid rows.

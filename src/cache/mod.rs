@@ -21,6 +21,7 @@ mod codec;
 mod coder;
 mod compact;
 mod convert;
+mod direction;
 mod exact_math;
 #[cfg(test)]
 mod fuzz_tests;
@@ -49,7 +50,9 @@ mod record;
 mod record_tests;
 mod records;
 mod reuse;
+mod row_ids;
 mod rows;
+mod scale;
 mod sealing;
 mod settings;
 mod shard;

@@ -3,21 +3,19 @@
 //! disagree. It is written down in docs/cache-records.md.
 
 use super::coder::context;
-use super::model::{BUCKETS, Candidate, Hint, History, Known, Model, NUMBER_CLASSES, Ranker, class_of, of_class};
-use super::quantizer::{RowKind, TAIL_CODES};
-use super::rans::{Decoder, Sink};
+use super::direction::Direction;
+use super::model::{Hint, History, Known, Model, Ranker, class_of};
+use super::quantizer::TAIL_CODES;
 use super::record::{QuantisedRow, RecordShape};
+use super::row_ids::{Left, Others, coded_level, no_id, push};
+use super::scale::Scale;
 
 /// Symbols beside the classes of numbers.
 const NOT_LISTED: u8 = 200;
 const AS_BEFORE: u8 = 201;
-const NOT_RANKED: u8 = 200;
 const TOP_IS_LABEL: u8 = 210;
 const TOP_AS_BEFORE: u8 = 211;
 const LABEL_FAR: u8 = 254;
-
-/// Fixed point of squared levels: 16ths.
-const SQUARE: f64 = 16.0;
 
 /// Room that is kept from sequence to sequence, of one shape and model.
 pub(crate) struct Workspace {
@@ -50,135 +48,6 @@ impl Workspace {
             hints: vec![],
             keys: vec![],
         }
-    }
-}
-
-/// What the walk needs of a row's numbers, by level and by tail.
-pub(super) struct Scale {
-    levels: Vec<ScaledLevel>,
-    /// What a tail leaves, as a squared level in 16ths.
-    masses: Vec<i64>,
-    by_order: Vec<u16>,
-    /// Whether levels are numbers of draws, written by their class.
-    counts: bool,
-    /// The least level.
-    least: u32,
-}
-
-struct ScaledLevel {
-    /// In 16ths; 0 for halvings and drawn ids.
-    square: u32,
-    /// Place in the order of decoding.
-    order: u16,
-    /// Of what an id of this level says to later rows.
-    strength: u8,
-}
-
-impl Scale {
-    pub(super) fn new(shape: &RecordShape) -> Scale {
-        let quantiser = &shape.quantiser;
-        let levels = 0..quantiser.level_count() as u16;
-        let steps = u32::from(quantiser.steps);
-        let counts = matches!(quantiser.kind, RowKind::Sampled { .. });
-        let direct = |level: u16| if counts || u32::from(level) > steps { 0 } else { u32::from(level) };
-        let mut by_order: Vec<u16> = levels.clone().collect();
-        by_order.sort_by(|left, right| quantiser.above(*left, *right).then(left.cmp(right)));
-        let mut order = vec![0; by_order.len()];
-        by_order.iter().enumerate().for_each(|(place, level)| order[*level as usize] = place as u16);
-        let whole = SQUARE * f64::from(steps) * f64::from(steps);
-        Scale {
-            levels: levels
-                .map(|level| ScaledLevel {
-                    square: 16 * direct(level) * direct(level),
-                    order: order[level as usize],
-                    strength: 1 + u8::from(if counts { level > 1 } else { 10 * direct(level) > steps }),
-                })
-                .collect(),
-            masses: (0..TAIL_CODES).map(|code| (quantiser.mass(code as u8) * whole) as i64).collect(),
-            by_order,
-            counts,
-            least: u32::from(!matches!(quantiser.kind, RowKind::ThresholdSampled { .. })),
-        }
-    }
-
-    /// Strength of what an id of this level says to later rows.
-    pub(super) fn strength(&self, level: u16) -> u8 {
-        self.levels[level as usize].strength
-    }
-
-    #[inline(always)]
-    fn has(&self, level: u32) -> bool {
-        level >= self.least && (level as usize) < self.levels.len()
-    }
-}
-
-/// One direction of the walk.
-pub(super) trait Direction {
-    const WRITES: bool;
-    /// When writing, `symbol` is written and given back; when reading it is ignored.
-    fn symbol(&mut self, context: usize, symbol: u8) -> u8;
-    fn raw(&mut self, value: u32, bits: u32) -> u32;
-    fn overran(&self) -> bool;
-    /// Does something with a copy of this direction that is kept in registers, if that is possible, and goes on from where
-    /// the copy came to.
-    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R;
-
-    /// A number by its class.
-    #[inline(always)]
-    fn number(&mut self, context: usize, value: u32) -> u32 {
-        let class = self.symbol(context, class_of(value).0);
-        self.rest(class, value)
-    }
-
-    /// The rest of a number whose class is known.
-    #[inline(always)]
-    fn rest(&mut self, class: u8, value: u32) -> u32 {
-        let (least, bits) = of_class(class.min(NUMBER_CLASSES - 1));
-        if bits == 0 { least } else { least + self.raw(value.wrapping_sub(least), bits) }
-    }
-}
-
-pub(super) struct Writing<S>(pub S);
-
-impl<S: Sink> Direction for Writing<S> {
-    const WRITES: bool = true;
-    fn symbol(&mut self, context: usize, symbol: u8) -> u8 {
-        self.0.symbol(context, symbol);
-        symbol
-    }
-    fn raw(&mut self, value: u32, bits: u32) -> u32 {
-        self.0.raw(value, bits);
-        value
-    }
-    fn overran(&self) -> bool {
-        false
-    }
-    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R {
-        something(self)
-    }
-}
-
-pub(super) struct Reading<'a>(pub Decoder<'a>);
-
-impl Direction for Reading<'_> {
-    const WRITES: bool = false;
-    #[inline(always)]
-    fn symbol(&mut self, context: usize, _: u8) -> u8 {
-        self.0.symbol(context)
-    }
-    #[inline(always)]
-    fn raw(&mut self, _: u32, bits: u32) -> u32 {
-        self.0.raw(bits)
-    }
-    fn overran(&self) -> bool {
-        self.0.overran()
-    }
-    #[inline(always)]
-    fn as_local<R>(&mut self, something: impl FnOnce(&mut Self) -> R) -> R {
-        let mut local = Reading(self.0.clone());
-        let made = something(&mut local);
-        self.0 = local.0;
-        made
     }
 }
 
@@ -452,146 +321,4 @@ impl<'a, D: Direction> Walk<'a, D> {
         }
         number - 1
     }
-}
-
-/// Levels as they are coded; a damaged record may hold any number.
-#[inline(always)]
-fn coded_level<D: Direction>(direction: &mut D, scale: &Scale, context: usize, level: u16) -> u32 {
-    if scale.counts {
-        direction.number(context, u32::from(level).wrapping_sub(1)).wrapping_add(1)
-    } else {
-        u32::from(direction.symbol(context, level as u8))
-    }
-}
-
-/// The context of a level, by the bucket of its id, the ids left, it included, and the mass left for them.
-#[inline(always)]
-fn level_context(bucket: usize, left: Left) -> usize {
-    let (mass, left) = (left.mass.max(0) as u32, left.count);
-    if left == 1 {
-        return context::LEVEL_LAST + (class_of(mass).0 as usize).min(79);
-    }
-    let mean = match INVERSES.get(left) {
-        // The quotient, exactly: no mass is above 16 * 190^2, so mass * left is below 2^32.
-        Some(inverse) => ((u64::from(mass) * inverse) >> 32) as u32,
-        None => mass / left as u32,
-    };
-    context::LEVEL + bucket * 40 + (class_of(mean).0 as usize / 2).min(39)
-}
-
-/// `floor(2^32 / n) + 1` by `n`.
-const INVERSES: [u64; 64] = {
-    let mut inverses = [0; 64];
-    let mut n = 1;
-    while n < inverses.len() {
-        inverses[n] = (1 << 32) / n as u64 + 1;
-        n += 1;
-    }
-    inverses
-};
-
-/// What is left of a row's ids: how many, and their mass as a squared level.
-#[derive(Clone, Copy)]
-struct Left {
-    count: usize,
-    mass: i64,
-}
-
-/// What the ids beside the best need of the walk.
-struct Others<'a> {
-    model: &'a Model,
-    scale: &'a Scale,
-    /// When writing: see [`Workspace`], and the row's levels.
-    kept: &'a mut [u32],
-    levels: &'a [u16],
-    hints: &'a mut Vec<Hint>,
-    keys: &'a mut Vec<u64>,
-}
-
-impl Others<'_> {
-    /// Ids among the candidates, in their order: the innermost loop. Returns what is wrong with the record.
-    #[inline(always)]
-    fn expected<D: Direction>(
-        &mut self,
-        direction: &mut D,
-        ranked: &[Candidate],
-        left_of_row: &mut Left,
-    ) -> Option<String> {
-        let mut left = *left_of_row;
-        let most = left.count.min(ranked.len());
-        self.hints.reserve(most);
-        self.keys.reserve(most);
-        let mut at = 0;
-        while left.count > 0 && at < ranked.len() {
-            let context = context::GAP + ranked[at].bucket() * 16 + (class_of(left.count as u32).0 as usize).min(15);
-            let kept = |candidate: &Candidate| self.kept[candidate.place() as usize] > 0;
-            let gap = if D::WRITES { ranked[at..].iter().position(kept) } else { None };
-            let written = gap.map_or(NOT_RANKED, |gap| class_of(gap as u32).0);
-            let symbol = direction.symbol(context, written);
-            if symbol == NOT_RANKED {
-                break;
-            }
-            at += direction.rest(symbol, gap.unwrap_or(0) as u32) as usize;
-            let Some(candidate) = ranked.get(at) else { return Some("a kept id after the last candidate".into()) };
-            let context = level_context(candidate.bucket() / 2, left);
-            if let Some(fault) = self.id(direction, context, candidate.place(), &mut left) {
-                return Some(fault);
-            }
-            at += 1;
-        }
-        *left_of_row = left;
-        None
-    }
-
-    /// Ids that nothing spoke for; `places` are theirs, when writing.
-    #[inline(always)]
-    fn unexpected<D: Direction>(&mut self, direction: &mut D, places: &[u32], left: Left) -> Option<String> {
-        let (mut left, mut from, mut places) = (left, 0, places.iter());
-        while left.count > 0 {
-            let context = context::OUT
-                + (class_of(from).0 as usize / 4).min(15) * 16
-                + (class_of(left.count as u32).0 as usize).min(15);
-            let gap = places.next().map_or(0, |place| place - from);
-            let place = from.saturating_add(direction.number(context, gap));
-            if place as usize >= self.model.order.len() {
-                return Some(no_id(place, self.model.order.len()));
-            }
-            if direction.overran() {
-                return None;
-            }
-            if let Some(fault) = self.id(direction, level_context(BUCKETS / 2, left), place, &mut left) {
-                return Some(fault);
-            }
-            from = place + 1;
-        }
-        None
-    }
-
-    /// The level of an id, and what follows from it.
-    #[inline(always)]
-    fn id<D: Direction>(&mut self, direction: &mut D, context: usize, place: u32, left: &mut Left) -> Option<String> {
-        let written =
-            if D::WRITES { self.levels[std::mem::take(&mut self.kept[place as usize]) as usize - 1] } else { 0 };
-        let level = coded_level(direction, self.scale, context, written);
-        if !self.scale.has(level) {
-            return Some(format!("a level of {level}"));
-        }
-        left.mass -= i64::from(self.scale.levels[level as usize].square);
-        left.count -= 1;
-        push(self.model, self.scale, self.hints, self.keys, place, level);
-        None
-    }
-}
-
-/// Adds an id to a row.
-#[inline(always)]
-fn push(model: &Model, scale: &Scale, hints: &mut Vec<Hint>, keys: &mut Vec<u64>, place: u32, level: u32) {
-    let level = &scale.levels[level as usize];
-    hints.push(Hint::new(place, level.strength));
-    keys.push(u64::from(level.order) << 32 | u64::from(model.order[place as usize]));
-}
-
-#[cold]
-fn no_id(place: u32, of: usize) -> String {
-    format!("it holds the id at place {place} of {of}")
 }

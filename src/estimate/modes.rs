@@ -24,9 +24,9 @@ pub enum Mode {
     /// All weights in the memory of one device, or of each group of so many devices; groups share the data. A group
     /// splits layers within a node, and takes them in turn between nodes.
     Resident { group: u64 },
-    /// One layer in memory at a time, over a sweep of tokens; each device has its own tokens, and a node's devices
-    /// take each layer from one reading.
-    Streamed,
+    /// One layer in memory at a time, over a sweep of tokens, on each device or on each group of so many devices of a
+    /// node, which split every layer. Groups have their own tokens, and those of a node take each layer from one reading.
+    Streamed { group: u64 },
 }
 
 impl Mode {
@@ -34,7 +34,8 @@ impl Mode {
         match self {
             Mode::Resident { group: 1 } => "resident".into(),
             Mode::Resident { group } => format!("resident on {group}"),
-            Mode::Streamed => "streamed".into(),
+            Mode::Streamed { group: 1 } => "streamed".into(),
+            Mode::Streamed { group } => format!("streamed on {group}"),
         }
     }
 }
@@ -100,7 +101,11 @@ pub fn estimates(job: &Job<'_>, hardware: &Hardware) -> Vec<Estimate> {
     let (weights, batch) = (job.weights, job.batch_tokens as f64);
     let groups = (0..).map(|power| 1u64 << power).take_while(|group| *group <= hardware.device_count());
     let mut all: Vec<Estimate> = groups.map(|group| resident(work, weights, hardware, batch, group)).collect();
-    all.push(streamed(work, weights, hardware, batch, job.memory));
+    // Devices that hold the teacher together need not stream it; else a layer may be too much for one of them.
+    let too_large = !all.iter().any(Estimate::fits);
+    let groups = (0..).map(|power| 1u64 << power).take_while(|group| *group <= hardware.devices);
+    let groups = groups.filter(|group| *group == 1 || too_large);
+    all.extend(groups.map(|group| streamed(work, weights, hardware, batch, job.memory, group)));
     if hardware.is_processor() && hardware.device_count() == 1 {
         all = all.into_iter().map(|estimate| on_the_processor(estimate, job, hardware, work)).collect();
     }
@@ -114,7 +119,7 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
     let usable = USABLE * hardware.device_memory as f64;
     let (parts, usable): (MemoryParts, f64) = match estimate.mode {
         Mode::Resident { .. } => (resident_memory(job.config, job.seq_len, job.batch_tokens, weight), usable),
-        Mode::Streamed => {
+        Mode::Streamed { .. } => {
             let memory = job.memory.unwrap_or(usable);
             let settings = StreamSettings {
                 memory: memory as u64,
@@ -205,29 +210,34 @@ fn streamed(
     hardware: &Hardware,
     batch_tokens: f64,
     budget: Option<f64>,
+    group: u64,
 ) -> Estimate {
+    let width = group as f64;
     let usable = budget.unwrap_or(hardware.device_memory as f64 * USABLE);
     // The layer that works and the one that is being read; of experts, two of each.
-    let layer = 2.0 * (work.largest_layer + work.largest_expert) * weights.bytes();
-    let scratch = activations(work, batch_tokens, 1.0);
-    let (embedding, logits) = ((work.embedding + work.head) * weights.bytes(), head_rows(work, 1.0));
+    let layer = 2.0 * (work.largest_layer + work.largest_expert) * weights.bytes() / width;
+    let scratch = activations(work, batch_tokens, width);
+    let (embedding, logits) = ((work.embedding + work.head) * weights.bytes() / width, head_rows(work, width));
     // Embedding and head are there at the ends of a sweep, when no layer is.
     let fixed = (layer + scratch).max(embedding + logits);
-    // A state, and its normed copy that waits for its expert.
+    // A state, and its normed copy that waits for its expert; every device of a group has those of its tokens.
     let per_token = work.hidden as f64 * STATE_BYTES * if work.expert_layers > 0 { 2.0 } else { 1.0 };
     let on_device = ((usable - fixed) / per_token).max(0.0);
     let on_host = 0.8 * hardware.host_memory as f64 / hardware.devices as f64 / per_token;
     // States stay on the device unless the host has room for many more.
     let (tokens, host) = if on_host > 4.0 * on_device { (on_host, true) } else { (on_device, false) };
     let tokens = (tokens / batch_tokens).floor() * batch_tokens;
-    let compute = tokens * hardware.seconds_per_token(work);
-    let all_tokens = tokens * hardware.devices as f64;
+    let compute = tokens * hardware.seconds_per_token(work) / width;
+    let all_tokens = tokens * hardware.devices as f64 / width;
     let experts_read = work.experts.min(all_tokens * work.chosen_experts);
     let bytes = (work.dense + experts_read + work.embedding + work.head) * weights.bytes();
     let disk = bytes / hardware.disk_bandwidth;
     let states = if host { 2.0 * tokens * per_token * work.layers as f64 } else { 0.0 };
-    let moved = if hardware.host_bandwidth > 0.0 { (bytes + states) / hardware.host_bandwidth } else { 0.0 };
-    let seconds = compute.max(disk).max(moved);
+    let moved = if hardware.host_bandwidth > 0.0 { (bytes / width + states) / hardware.host_bandwidth } else { 0.0 };
+    // As a resident group does, with every layer.
+    let sums = 4.0 * work.layers as f64 * (width - 1.0) / width * tokens * work.hidden as f64 * SENT_BYTES;
+    let link = if group > 1 { sums / hardware.link_bandwidth } else { 0.0 };
+    let seconds = (compute + link).max(disk).max(moved);
     let memory = vec![
         ("two layers", layer),
         ("embedding and head", (fixed - layer - scratch).max(0.0)),
@@ -235,14 +245,19 @@ fn streamed(
         ("states of the sweep", if host { 0.0 } else { tokens * per_token }),
     ];
     let least = fixed + batch_tokens * per_token;
+    let groups = (hardware.device_count() / group) as f64;
+    let mut times = vec![("products", compute), ("disk", disk), ("host link", moved)];
+    if group > 1 {
+        times.push(("links", link));
+    }
     let mut estimate = finish(
-        Mode::Streamed,
+        Mode::Streamed { group },
         memory,
         usable,
         tokens,
-        vec![("products", compute), ("disk", disk), ("host link", moved)],
+        times,
         seconds,
-        if tokens > 0.0 { hardware.device_count() as f64 * tokens / seconds } else { 0.0 },
+        if tokens > 0.0 { groups * tokens / seconds } else { 0.0 },
     );
     if tokens < batch_tokens {
         estimate.obstacle =

@@ -9,7 +9,6 @@ use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
 use crate::models::{DecoderConfig, llama4::sharding};
-use crate::teacher::Spill;
 
 /// Refuses a recipe that cannot be run whatever the models are.
 pub(super) fn check(recipe: &Recipe) -> Result<()> {
@@ -207,17 +206,6 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
 fn check_mesh(recipe: &Recipe, teacher: &TeacherSection) -> Result<()> {
     for (name, size) in teacher.mesh.axes() {
         recipe.positive(&format!("teacher.mesh.{name}"), size as u64)?;
-    }
-    let streamed = teacher.mode == TeacherMode::Streamed;
-    if streamed && teacher.mesh.pipeline > 1 {
-        let problem =
-            format!("is {}, and a streamed teacher has all its layers on each device in turn", teacher.mesh.pipeline);
-        let tip = "use `expert`, `tensor` and `data`, or teacher.mode = \"resident\"";
-        return Err(recipe.error("teacher.mesh.pipeline", problem, tip));
-    }
-    if streamed && teacher.mesh.size() > 1 && teacher.spill == Some(Spill::Always) {
-        let problem = "is `always`, and a teacher on several devices keeps its hidden states in memory";
-        return Err(recipe.error("teacher.spill", problem, "remove it"));
     }
     if teacher.mesh.size() > u16::MAX as usize {
         let problem = format!("has {} devices", teacher.mesh.size());

@@ -1,9 +1,11 @@
 //! The parts of a model, loaded one ahead of its use by a thread of their own. Knows which parts there are, and not in
 //! what order they are wanted.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use burn::tensor::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -19,6 +21,9 @@ use crate::{
     },
     parallel::{Mesh, Place},
 };
+
+/// How long a part is waited for in silence; then twice as long, and so on.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is loaded as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +45,16 @@ pub(super) enum Loaded {
     Head(Box<HeadBlock>),
 }
 
+impl fmt::Display for Part {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Part::Dense(index) | Part::Routed(index) => write!(formatter, "layer {index} of the teacher"),
+            Part::Expert(index, expert) => write!(formatter, "expert {expert} of layer {index} of the teacher"),
+            Part::Head(ids) => write!(formatter, "the teacher's head for {} token ids", ids.len()),
+        }
+    }
+}
+
 impl Part {
     fn load(&self, config: &DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Loaded> {
         Ok(match self {
@@ -59,6 +74,13 @@ pub(super) struct Whole {
     pub config: Arc<DecoderConfig>,
     pub mesh: Mesh,
     pub place: Place,
+}
+
+impl Whole {
+    /// What is here of the whole model's weights.
+    pub(super) fn slices<'a>(&'a self, source: &'a dyn WeightSource) -> Slices<'a> {
+        Slices { source, config: &self.config, mesh: self.mesh, place: self.place }
+    }
 }
 
 /// Loads one part at a time, on a thread of its own.
@@ -114,20 +136,12 @@ impl Ahead {
             };
             let loaded = match &part_of {
                 None => wanted.load(&config, &source, &device),
-                Some(Whole { config: whole, mesh, place }) => {
-                    let slices = Slices { source: &source, config: whole, mesh: *mesh, place: *place };
-                    wanted.load(&config, &slices, &device)
-                }
+                Some(whole) => wanted.load(&config, &whole.slices(&source), &device),
             };
             // Nobody listens any more when the teacher is gone.
             drop(sender.send(loaded));
         });
         self.pending = Some((part, receiver));
-    }
-
-    /// Whether a part has been requested and not taken.
-    pub(super) fn is_loading(&self) -> bool {
-        self.pending.is_some()
     }
 
     /// The part, loaded.
@@ -137,7 +151,22 @@ impl Ahead {
         }
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
-        loaded.recv().expect("a load that ends without a result has panicked")
+        let (mut patience, mut waited) = (PATIENCE, Duration::ZERO);
+        loop {
+            match loaded.recv_timeout(patience) {
+                Ok(loaded) => return loaded,
+                // However long it takes: a disk that stalls may come back.
+                Err(RecvTimeoutError::Timeout) => {
+                    waited += patience;
+                    tracing::warn!(
+                        "{part} is still being read after {} s; the disk or the network is slow",
+                        waited.as_secs()
+                    );
+                    patience *= 2;
+                }
+                Err(RecvTimeoutError::Disconnected) => panic!("a load that ends without a result has panicked"),
+            }
+        }
     }
 
     /// Keeps the memory of an expert for the next one that is requested.

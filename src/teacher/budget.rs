@@ -4,29 +4,17 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use super::resident::HEAD_ROWS;
+use super::{
+    part_bytes::{BLOCK_ROWS, Beside, HEAD_BLOCKS, Parts, WeightBytes},
+    resident::HEAD_ROWS,
+};
 use crate::{
     error::{Error, Result},
-    models::{
-        DecoderConfig,
-        config::{FeedForwardConfig, LayerConfig},
-    },
+    models::DecoderConfig,
 };
 
-/// Tokens per expert from which reading its weights takes less time than multiplying by them: a weight is read at
-/// about 1.5 GB/s, and a core multiplies by it 5e10 times a second or more, so 64 already hide a fast disk and this many
-/// a slow one.
-const TOKENS_PER_EXPERT: u64 = 512;
-/// Fewest tokens of a sweep that has the memory.
-const LEAST_GOAL: u64 = 4096;
-/// How many times more a device multiplies in the time in which a weight is read.
-const DEVICE_FACTOR: u64 = 64;
 /// Sweeps longer than this many times the goal gain nothing, and what is interrupted loses a sweep.
 const MOST_GOALS: u64 = 16;
-/// Blocks that the head is cut into where it does not fit, at most: each is read once for every piece of rows.
-const HEAD_BLOCKS: u64 = 64;
-/// Fewest rows of logits at once where the head is read in blocks.
-const BLOCK_ROWS: u64 = 16;
 
 /// Where the hidden states of a sweep are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -81,7 +69,7 @@ pub type MemoryParts = Vec<(&'static str, u64)>;
 /// What a resident teacher takes when `batch_tokens` in sequences of `seq_len` run at once; weights have `weight` bytes.
 pub fn resident_memory(config: &DecoderConfig, seq_len: u64, batch_tokens: u64, weight: u64) -> MemoryParts {
     let threads = rayon::current_num_threads() as u64;
-    let parts = Parts { config, width: weight, reading: weight, seq_len, threads };
+    let parts = Parts { config, width: weight, reading: weight, seq_len, threads, beside: Beside::default() };
     vec![
         ("weights", weight * config.parameter_counts().0),
         // What is likely, where a budget counts half more to be safe.
@@ -100,149 +88,15 @@ pub fn streamed_memory(
     settings: &StreamSettings,
     weight: u64,
 ) -> Result<(MemoryParts, u64)> {
-    let fit = Fit::new(config, seq_len as usize, settings, WeightBytes { kept: weight, reading: weight }, true)?;
+    let weight = WeightBytes { kept: weight, reading: weight };
+    let fit = Fit::new(config, seq_len as usize, settings, weight, true, Beside::default())?;
     let taken: u64 = settings.taken.iter().map(|(_, bytes)| bytes).sum();
     let parts = vec![("weights and what works", fit.fixed - taken), ("states of the sweep", fit.sweep)];
     Ok((parts, fit.sweep_sequences as u64 * seq_len))
 }
 
-/// Bytes of one weight.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct WeightBytes {
-    /// In the form that is multiplied by.
-    pub kept: u64,
-    /// While it is turned from its stored form into that one, beside it.
-    pub reading: u64,
-}
-
-/// Bytes of the parts of a model.
-struct Parts<'a> {
-    config: &'a DecoderConfig,
-    width: u64,
-    reading: u64,
-    seq_len: u64,
-    threads: u64,
-}
-
-impl Parts<'_> {
-    fn hidden(&self) -> u64 {
-        self.config.hidden_size as u64
-    }
-
-    /// What is loaded of a layer as one part: all of a dense one, or all but its routed experts.
-    fn layer(&self, layer: &LayerConfig) -> u64 {
-        let (heads, hidden) = (self.config.heads, self.hidden());
-        let (query, key) = ((heads.query_heads * heads.head_dim) as u64, (heads.key_heads * heads.head_dim) as u64);
-        let (router, width) = match layer.feed_forward {
-            FeedForwardConfig::Dense { width } => (0, width as u64),
-            FeedForwardConfig::Experts { width, expert_count, .. } => (expert_count as u64, width as u64),
-        };
-        // Norms and biases stay f32.
-        self.width * hidden * (2 * query + 2 * key + router + 3 * width) + 4 * (4 * hidden + query + 3 * key)
-    }
-
-    fn expert(&self, layer: &LayerConfig) -> u64 {
-        match layer.feed_forward {
-            FeedForwardConfig::Dense { .. } => 0,
-            FeedForwardConfig::Experts { width, .. } => self.width * 3 * self.hidden() * width as u64,
-        }
-    }
-
-    /// The most weights that are in memory at once: what is multiplied by, what is read ahead, and the bytes of the
-    /// largest matrix while it is turned from its stored form into the one in memory.
-    fn weights(&self) -> u64 {
-        let layers = &self.config.layers;
-        let next = |index: usize| layers.get(index + 1).map_or(0, |layer| self.layer(layer));
-        let at_once = layers.iter().enumerate().map(|(index, layer)| {
-            let (own, expert) = (self.layer(layer), self.expert(layer));
-            own + expert + expert.max(next(index))
-        });
-        at_once.max().unwrap_or(0) + self.being_read()
-    }
-
-    /// The last layer's part of that, without anything ahead.
-    fn last_layer(&self) -> u64 {
-        self.config.layers.last().map_or(0, |layer| self.layer(layer) + self.expert(layer))
-    }
-
-    /// What a sweep begins with, while it is read.
-    fn first_layer(&self) -> u64 {
-        self.config.layers.first().map_or(0, |layer| self.layer(layer)) + self.being_read()
-    }
-
-    /// The stored form of the largest matrix.
-    fn being_read(&self) -> u64 {
-        let matrix = self.config.layers.iter().map(|layer| match layer.feed_forward {
-            FeedForwardConfig::Dense { width } => self.hidden() * width as u64,
-            FeedForwardConfig::Experts { width, .. } => 2 * self.hidden() * width as u64,
-        });
-        let query = self.hidden() * (self.config.heads.query_heads * self.config.heads.head_dim) as u64;
-        self.reading * matrix.max().unwrap_or(0).max(query)
-    }
-
-    /// Bytes that one token of a batch takes while it passes a layer.
-    fn token_scratch(&self) -> u64 {
-        let (heads, hidden) = (self.config.heads, self.hidden());
-        let (query, key) = ((heads.query_heads * heads.head_dim) as u64, (heads.key_heads * heads.head_dim) as u64);
-        let attention = 6 * hidden + 5 * query + 6 * key + 2 * heads.head_dim as u64;
-        let feed_forward = self.config.layers.iter().map(|layer| match layer.feed_forward {
-            FeedForwardConfig::Dense { width } => 5 * hidden + 3 * width as u64,
-            FeedForwardConfig::Experts { width, expert_count, .. } => {
-                7 * hidden + 4 * width as u64 + 3 * expert_count as u64
-            }
-        });
-        // Half more than the four bytes of a number, for what an allocator cannot use.
-        6 * (attention.max(feed_forward.max().unwrap_or(0)) + 16)
-    }
-
-    /// The batch's scratch, with the scores of attention on each thread.
-    fn scratch(&self, tokens: u64) -> u64 {
-        tokens * self.token_scratch() + self.threads * 64 * self.seq_len * 4
-    }
-
-    /// Bytes that one token of a sweep takes: its hidden states, unless spilled, and what is known of it beside them.
-    fn sweep_token(&self, spill: bool) -> u64 {
-        let chosen = self.config.layers.iter().map(|layer| match layer.feed_forward {
-            FeedForwardConfig::Dense { .. } => 0,
-            FeedForwardConfig::Experts { chosen, .. } => chosen as u64,
-        });
-        let chosen = chosen.max().unwrap_or(0);
-        // Where several experts are added up, their sum is kept apart from the hidden states.
-        let states = if spill { 0 } else { 4 * self.hidden() * if chosen > 1 { 2 } else { 1 } };
-        states + 48 + 12 * chosen
-    }
-
-    /// Some rows of the head, and their stored form while they are read.
-    fn head(&self, ids: u64) -> u64 {
-        (self.width + self.reading) * self.hidden() * ids
-    }
-
-    /// Bytes of `rows` rows of logits, and of what chooses from them.
-    fn logits(&self, rows: u64) -> u64 {
-        let vocab = self.config.vocab_size as u64;
-        rows * (8 * vocab + 12 * self.hidden()) + self.threads * 12 * vocab
-    }
-
-    /// The least that the head takes: two blocks, one of them being read, and few rows.
-    fn least_head(&self) -> u64 {
-        let vocab = self.config.vocab_size as u64;
-        let blocks = 2 * self.head(vocab.div_ceil(HEAD_BLOCKS)) + self.logits(BLOCK_ROWS);
-        blocks.min(self.head(vocab) + self.logits(1))
-    }
-
-    /// Tokens of a sweep that is long enough.
-    fn goal(&self, host: bool) -> u64 {
-        let spread = self.config.layers.iter().map(|layer| match layer.feed_forward {
-            FeedForwardConfig::Dense { .. } => 1,
-            FeedForwardConfig::Experts { expert_count, chosen, .. } => (expert_count / chosen) as u64,
-        });
-        let goal = (TOKENS_PER_EXPERT * spread.max().unwrap_or(1)).max(LEAST_GOAL);
-        if host { goal } else { goal * DEVICE_FACTOR }
-    }
-}
-
 impl Fit {
-    /// `host`: whether the processor computes.
+    /// `host`: whether the processor computes. `beside`: what this is needed for beside one device's work.
     ///
     /// # Errors
     /// When not even one sequence fits: which parts take how much, and the least that would do.
@@ -252,10 +106,11 @@ impl Fit {
         settings: &StreamSettings,
         weight: WeightBytes,
         host: bool,
+        beside: Beside,
     ) -> Result<Fit> {
         let length = seq_len as u64;
         let threads = rayon::current_num_threads() as u64;
-        let parts = Parts { config, width: weight.kept, reading: weight.reading, seq_len: length, threads };
+        let parts = Parts { config, width: weight.kept, reading: weight.reading, seq_len: length, threads, beside };
         let taken: u64 = settings.taken.iter().map(|(_, bytes)| bytes).sum();
         let (weights, head) = (parts.weights(), parts.least_head());
         let layers = weights + parts.scratch(length);
@@ -376,7 +231,8 @@ mod tests {
     }
 
     fn scout(mib: u64, spill: Spill) -> Result<Fit> {
-        Fit::new(&shapes::scout().decoder(Path::new("scout")).unwrap(), 2048, &settings(mib, spill), BF16, true)
+        let config = shapes::scout().decoder(Path::new("scout")).unwrap();
+        Fit::new(&config, 2048, &settings(mib, spill), BF16, true, Beside::default())
     }
 
     #[test]
@@ -409,7 +265,14 @@ mod tests {
     fn what_is_too_little_is_refused_and_the_least_that_is_named_is_enough() {
         let config = shapes::scout().decoder(Path::new("scout")).unwrap();
         let fit = |bytes: u64, spill| {
-            Fit::new(&config, 2048, &StreamSettings { memory: bytes, ..settings(0, spill) }, BF16, true)
+            Fit::new(
+                &config,
+                2048,
+                &StreamSettings { memory: bytes, ..settings(0, spill) },
+                BF16,
+                true,
+                Beside::default(),
+            )
         };
         for spill in [Spill::Auto, Spill::Never, Spill::Always] {
             let message = fit(1 << 30, spill).unwrap_err().to_string();

@@ -25,8 +25,6 @@ pub(super) struct Dispatch {
 pub(super) struct Work {
     /// Its place among those of this rank.
     pub expert: usize,
-    /// The next one that has work.
-    pub next: Option<usize>,
     /// `[rows, width]`
     pub rows: Vec<f32>,
     /// `[rows]`
@@ -111,10 +109,9 @@ fn serve(
 ) -> Result<Vec<Vec<f32>>> {
     let mut replies: Vec<Vec<f32>> = arrived.iter().map(|from| Vec::with_capacity(from.rows.len())).collect();
     let mut taken = vec![0usize; arrived.len()];
-    let load = |expert: usize| arrived.iter().map(|from| from.counts[expert] as usize).sum::<usize>();
     for expert in 0..expert_count {
         let counts: Vec<usize> = arrived.iter().map(|from| from.counts[expert] as usize).collect();
-        let total = load(expert);
+        let total = counts.iter().sum::<usize>();
         if total == 0 {
             continue;
         }
@@ -124,8 +121,7 @@ fn serve(
             scores.extend_from_slice(&from.scores[*taken..][..count]);
             *taken += count;
         }
-        let next = (expert + 1..expert_count).find(|&next| load(next) > 0);
-        let output = run(Work { expert, next, rows, scores })?;
+        let output = run(Work { expert, rows, scores })?;
         let mut output = output.as_slice();
         for (reply, &count) in replies.iter_mut().zip(&counts) {
             let (own, rest) = output.split_at(count * width);

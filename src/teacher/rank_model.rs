@@ -1,19 +1,18 @@
 //! One rank's part of a model, and how tokens pass it: stages hand hidden states on, summands of matrices that were cut
 //! meet, and tokens travel to the experts they chose and back. The layers themselves are those of one device.
 
-use std::cell::RefCell;
+use std::ops::Range;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::{
-    ahead::{Ahead, Loaded, Part},
     dispatch::{Dispatch, Work},
     slices::Slices,
 };
 use crate::{
     error::Result,
     models::{
-        Choices, DecoderConfig, Expert, Layer, RoutedLayer, TokenLayout, WeightSource,
+        DecoderConfig, Expert, Layer, RoutedLayer, TokenLayout, WeightSource,
         config::FeedForwardConfig,
         ends::{EmbeddingBlock, FinalNorm, HeadBlock},
         llama4::sharding,
@@ -26,23 +25,14 @@ use crate::{
 pub(super) struct RankModel {
     /// With this rank's numbers of heads, and its widths.
     config: DecoderConfig,
-    mesh: Mesh,
-    place: Place,
     device: Device,
     /// Of the first stage.
     embedding: Option<EmbeddingBlock>,
-    layers: Layers,
+    layers: Vec<RankLayer>,
     /// Of the last stage.
     head: Option<(FinalNorm, HeadBlock)>,
     /// Most rows that an expert multiplies at once.
     piece: usize,
-}
-
-enum Layers {
-    /// All of a stage, in memory.
-    Kept(Vec<RankLayer>),
-    /// One at a time, and one ahead.
-    Passing(Box<RefCell<Ahead>>),
 }
 
 enum RankLayer {
@@ -53,11 +43,14 @@ enum RankLayer {
 
 /// The ranks that a rank talks to while tokens pass.
 pub(super) struct Neighbours<'a> {
-    world: &'a dyn Collective,
+    pub world: &'a dyn Collective,
+    mesh: Mesh,
+    place: Place,
     pub tensor: Group<'a>,
-    expert: Group<'a>,
-    previous: Option<usize>,
-    next: Option<usize>,
+    pub expert: Group<'a>,
+    /// Those that have the layers before and after this one's.
+    pub previous: Option<usize>,
+    pub next: Option<usize>,
 }
 
 impl<'a> Neighbours<'a> {
@@ -69,11 +62,18 @@ impl<'a> Neighbours<'a> {
         };
         Neighbours {
             world,
+            mesh: *mesh,
+            place,
             tensor: Group::new(world, mesh.group(place, Axis::Tensor)),
             expert: Group::new(world, mesh.group(place, Axis::Expert)),
             previous: stage(place.pipeline.checked_sub(1)),
             next: stage(Some(place.pipeline + 1)),
         }
+    }
+
+    /// The experts of each rank of the group that has those of a layer.
+    pub(super) fn owners(&self, expert_count: usize) -> Vec<Range<usize>> {
+        owners(expert_count, &self.mesh, self.place)
     }
 }
 
@@ -86,7 +86,6 @@ impl RankModel {
         source: &dyn WeightSource,
         device: &Device,
         piece: usize,
-        passing: Option<Ahead>,
     ) -> Result<Self> {
         let own = sharding::own_config(config, &mesh, place);
         let slices = Slices { source, config, mesh, place };
@@ -104,15 +103,12 @@ impl RankModel {
                     let layer = RoutedLayer::load(&own, index, &slices, device)?;
                     let experts = sharding::experts(expert_count, &mesh, place);
                     let experts = experts.map(|expert| Expert::load(&own, index, expert, &slices, device));
-                    let dispatch = dispatch(expert_count, chosen, &mesh, place);
+                    let dispatch = Dispatch { owners: owners(expert_count, &mesh, place), chosen };
                     RankLayer::Routed(Box::new(layer), experts.collect::<Result<_>>()?, dispatch)
                 }
             })
         };
-        let layers = match passing {
-            Some(ahead) => Layers::Passing(Box::new(RefCell::new(ahead))),
-            None => Layers::Kept(sharding::layers(config, &mesh, place).map(load).collect::<Result<_>>()?),
-        };
+        let layers = sharding::layers(config, &mesh, place).map(load).collect::<Result<_>>()?;
         let head = if place.pipeline + 1 == mesh.pipeline {
             let block = match &embedding {
                 Some(embedding) if config.tied => embedding.head(),
@@ -122,7 +118,7 @@ impl RankModel {
         } else {
             None
         };
-        Ok(RankModel { config: own, mesh, place, device: device.clone(), embedding, layers, head, piece })
+        Ok(RankModel { config: own, device: device.clone(), embedding, layers, head, piece })
     }
 
     /// Takes a batch through this rank's layers. Gives the hidden states where this is the last stage and the batch has
@@ -137,8 +133,7 @@ impl RankModel {
                 Some(self.tensor(values(&neighbours.world.receive(previous)?)))
             }
         };
-        let Layers::Kept(layers) = &self.layers else { panic!("layers that pass by are for sweeps") };
-        for layer in layers {
+        for layer in &self.layers {
             hidden = self.layer(neighbours, layer, hidden, layout.as_ref())?;
         }
         if let (Some(next), Some(hidden)) = (neighbours.next, &hidden) {
@@ -198,87 +193,6 @@ impl RankModel {
         output
     }
 
-    /// Takes the batches of a sweep through layers that are read one after the other; their hidden states at the end. All
-    /// tokens of the sweep go to the experts of a layer together, so that each expert is read once, and one that nobody
-    /// chose is not.
-    ///
-    /// # Panics
-    /// When the layers are kept, or this is not the only stage.
-    pub(super) fn sweep(&self, neighbours: &Neighbours<'_>, batches: &[DistillBatch]) -> Result<Vec<Tensor<2>>> {
-        let (Layers::Passing(ahead), Some(embedding)) = (&self.layers, &self.embedding) else {
-            panic!("a sweep is for layers that pass by, all in one stage");
-        };
-        let mut ahead = ahead.borrow_mut();
-        let first_part = |index: usize| match self.config.layers.get(index)?.feed_forward {
-            FeedForwardConfig::Dense { .. } => Some(Part::Dense(index)),
-            FeedForwardConfig::Experts { .. } => Some(Part::Routed(index)),
-        };
-        ahead.begin(first_part(0).expect("a model has layers"));
-        let layout = |batch: &DistillBatch| TokenLayout::of_batch(&self.config, batch);
-        let embed =
-            |batch: &DistillBatch| Ok(numbers(self.sum(&neighbours.tensor, embedding.rows(&layout(batch).ids))?));
-        let mut states: Vec<Vec<f32>> = batches.iter().map(embed).collect::<Result<_>>()?;
-        for index in 0..self.config.layers.len() {
-            let part = first_part(index).expect("a layer of the model");
-            match ahead.take(part)? {
-                Loaded::Dense(layer) => {
-                    first_part(index + 1).into_iter().for_each(|part| ahead.request(part));
-                    let layer = RankLayer::Dense(layer);
-                    for (batch, state) in batches.iter().zip(&mut states) {
-                        let hidden = self.tensor(std::mem::take(state));
-                        let hidden = self.layer(neighbours, &layer, Some(hidden), Some(&layout(batch)))?;
-                        *state = numbers(hidden.expect("a batch has tokens"));
-                    }
-                }
-                Loaded::Routed(layer) => {
-                    let mut choices = Choices { experts: vec![], scores: vec![] };
-                    for (batch, state) in batches.iter().zip(&mut states) {
-                        let hidden = self.tensor(std::mem::take(state));
-                        let update = layer.attention_update(hidden.clone(), &layout(batch));
-                        let attended = hidden + self.sum(&neighbours.tensor, update)?;
-                        *state = numbers(attended.clone());
-                        let found = layer.choose(attended);
-                        choices.experts.extend(found.experts);
-                        choices.scores.extend(found.scores);
-                    }
-                    let FeedForwardConfig::Experts { expert_count, chosen, .. } =
-                        self.config.layers[index].feed_forward
-                    else {
-                        unreachable!("a routed layer has experts")
-                    };
-                    let dispatch = dispatch(expert_count, chosen, &self.mesh, self.place);
-                    let first = dispatch.owners[self.place.expert].start;
-                    let run = |work: Work| {
-                        let loaded = ahead.take(Part::Expert(index, first + work.expert))?;
-                        let Loaded::Expert(expert) = loaded else { unreachable!("as it was asked for") };
-                        let next = work.next.map(|next| Part::Expert(index, first + next));
-                        next.or_else(|| first_part(index + 1)).into_iter().for_each(|part| ahead.request(part));
-                        let output = self.routed(&layer, &expert, &work);
-                        ahead.give_back(*expert);
-                        Ok(output)
-                    };
-                    let tokens = (!states.is_empty()).then(|| (choices, states.concat()));
-                    let routed = dispatch.run(&neighbours.expert, self.config.hidden_size, tokens, run)?;
-                    let mut done = 0;
-                    for state in &mut states {
-                        let attended = self.tensor(std::mem::take(state));
-                        let own = done..done + attended.dims().iter().product::<usize>();
-                        done = own.end;
-                        let shared = layer.shared(attended.clone());
-                        let add = |update, output: &Vec<f32>| update + self.tensor(output[own.clone()].to_vec());
-                        let update = routed.iter().fold(shared, add);
-                        *state = numbers(attended + self.sum(&neighbours.tensor, update)?);
-                    }
-                    if !ahead.is_loading() {
-                        first_part(index + 1).into_iter().for_each(|part| ahead.request(part));
-                    }
-                }
-                _ => unreachable!("as it was asked for"),
-            }
-        }
-        Ok(states.into_iter().map(|state| self.tensor(state)).collect())
-    }
-
     /// Logits of the ids that this rank has.
     ///
     /// # Shapes
@@ -308,10 +222,9 @@ impl RankModel {
     }
 }
 
-/// Who of a rank's group has which experts.
-fn dispatch(expert_count: usize, chosen: usize, mesh: &Mesh, place: Place) -> Dispatch {
-    let owned = |expert| sharding::experts(expert_count, mesh, place.with(Axis::Expert, expert));
-    Dispatch { owners: (0..mesh.expert).map(owned).collect(), chosen }
+/// The experts of each rank that differs from a place along that axis alone.
+fn owners(expert_count: usize, mesh: &Mesh, place: Place) -> Vec<Range<usize>> {
+    (0..mesh.expert).map(|expert| sharding::experts(expert_count, mesh, place.with(Axis::Expert, expert))).collect()
 }
 
 fn numbers(tensor: Tensor<2>) -> Vec<f32> {

@@ -1,6 +1,7 @@
 //! One sweep: embedding, every layer over all its tokens, the head. What is in memory at any moment is what
 //! [`budget`](super::budget) counted.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,15 +11,18 @@ use super::{
     ahead::{Ahead, Loaded, Part},
     budget::Fit,
     predictions::{Predictions, Row},
+    rank_model::Neighbours,
+    sharded_head::ShardedHead,
     states::States,
 };
 use crate::{
     error::{Error, Result},
     models::{
-        Choices, DecoderConfig, TokenLayout, WeightSource,
+        DecoderConfig, TokenLayout, WeightSource,
         config::FeedForwardConfig,
         ends::{FinalNorm, embedding_rows},
     },
+    parallel::{Collective, message},
     targets::{DistillBatch, PackedSequence, SparseTargets},
 };
 
@@ -29,9 +33,17 @@ const EMBEDDING_PIECE: usize = 1 << 20;
 
 /// A sweep, ready to run.
 pub(super) struct Sweep<'a> {
+    /// Of the model as it is computed here: on a rank of several with its numbers of heads, widths and ids.
     pub config: &'a DecoderConfig,
     pub device: &'a Device,
+    /// Of this model.
     pub source: &'a dyn WeightSource,
+    /// The layers that are computed here.
+    pub layers: Range<usize>,
+    /// The first of the ids whose rows of embedding and head are here.
+    pub first_id: usize,
+    /// Where others compute the rest.
+    pub neighbours: Option<&'a Neighbours<'a>>,
     pub predictions: &'a Predictions,
     pub final_norm: &'a FinalNorm,
     pub fit: &'a Fit,
@@ -72,39 +84,87 @@ impl Sweep<'_> {
         for batch in self.batches() {
             self.predictions.check_ids(&self.batch(&batch))?;
         }
-        self.ahead.begin(self.first_part(0));
-        let mut states = self.embed()?;
+        self.ahead.begin(self.first_part(self.layers.start));
+        let mut states = match self.previous() {
+            None => self.embed()?,
+            Some(_) => self.taken_over()?,
+        };
         let mut experts = Experts::default();
-        for index in 0..self.config.layers.len() {
+        for index in self.layers.clone() {
             match self.config.layers[index].feed_forward {
                 FeedForwardConfig::Dense { .. } => self.dense(index, &mut states)?,
                 FeedForwardConfig::Experts { expert_count, chosen, .. } => {
-                    let read = self.routed(index, chosen, &mut states)?;
-                    experts.read += read;
-                    experts.left_out += expert_count as u64 - read;
+                    let found = self.routed(index, expert_count, chosen, &mut states)?;
+                    experts.read += found.read;
+                    experts.left_out += found.left_out;
                 }
             }
         }
-        self.head(&states, give)?;
+        match self.next() {
+            None => self.head(&states, give)?,
+            Some(_) => self.hand_on(&states)?,
+        }
         Ok(experts)
     }
 
+    /// The rank with the layers before these, if it is another one.
+    fn previous(&self) -> Option<usize> {
+        self.neighbours?.previous
+    }
+
+    /// The rank with the layers after these.
+    fn next(&self) -> Option<usize> {
+        self.neighbours?.next
+    }
+
+    /// Hidden states of the rank with the layers before these. It sends a batch when it is asked to, so that of a sweep
+    /// that this rank has no room for yet nothing is on its way.
+    fn taken_over(&self) -> Result<States> {
+        let (world, previous) = self.neighbours.and_then(|all| Some((all.world, all.previous?))).expect("one before");
+        let mut states = States::new(self.sequences.len() * self.length, self.config.hidden_size, self.spill)?;
+        for batch in self.batches() {
+            world.send(previous, vec![])?;
+            states.write(batch.start * self.length, &message::values::<f32>(&world.receive(previous)?))?;
+        }
+        Ok(states)
+    }
+
+    fn hand_on(&self, states: &States) -> Result<()> {
+        let (world, next) = self.neighbours.and_then(|all| Some((all.world, all.next?))).expect("one after");
+        for batch in self.batches() {
+            world.receive(next)?;
+            let hidden = states.read(batch.start * self.length..batch.end * self.length)?;
+            world.send(next, bytemuck::cast_slice(&hidden).to_vec())?;
+        }
+        Ok(())
+    }
+
+    /// The sum of the summands that ranks have whose matrices are parts of the same.
+    pub(super) fn sum(&self, summand: Tensor<2>) -> Result<Tensor<2>> {
+        let Some(neighbours) = self.neighbours.filter(|neighbours| neighbours.tensor.size() > 1) else {
+            return Ok(summand);
+        };
+        let mut sum = values(summand);
+        neighbours.tensor.all_reduce(&mut sum)?;
+        Ok(self.tensor(sum))
+    }
+
     /// Numbers of the sequences of each batch.
-    fn batches(&self) -> Vec<std::ops::Range<usize>> {
+    pub(super) fn batches(&self) -> Vec<Range<usize>> {
         let (all, size) = (self.sequences.len(), self.fit.batch_sequences);
         (0..all).step_by(size).map(|first| first..(first + size).min(all)).collect()
     }
 
-    fn batch(&self, range: &std::ops::Range<usize>) -> DistillBatch {
+    pub(super) fn batch(&self, range: &Range<usize>) -> DistillBatch {
         let sequences = self.sequences[range.clone()].iter().map(|(_, sequence)| (*sequence).clone());
         DistillBatch { sequences: sequences.collect(), targets: None, row_weights: None }
     }
 
-    fn check_stop(&self) -> Result<(), Halt> {
+    pub(super) fn check_stop(&self) -> Result<(), Halt> {
         if self.stop.load(Ordering::Relaxed) { Err(Halt::Stopped) } else { Ok(()) }
     }
 
-    fn tensor(&self, values: Vec<f32>) -> Tensor<2> {
+    pub(super) fn tensor(&self, values: Vec<f32>) -> Tensor<2> {
         let width = self.config.hidden_size;
         let rows = values.len() / width;
         Tensor::from_data(TensorData::new(values, [rows, width]), self.device)
@@ -119,16 +179,18 @@ impl Sweep<'_> {
     }
 
     /// What is loaded while a layer's last part computes.
-    fn after(&self, index: usize) -> Option<Part> {
-        match index + 1 < self.config.layers.len() {
-            true => Some(self.first_part(index + 1)),
-            false => self.fit.head_ahead.then(|| Part::Head(self.fit.head_blocks[0].clone())),
+    pub(super) fn after(&self, index: usize) -> Option<Part> {
+        if index + 1 < self.layers.end {
+            return Some(self.first_part(index + 1));
         }
+        let head_follows = self.fit.head_ahead && self.next().is_none() && !self.sequences.is_empty();
+        head_follows.then(|| Part::Head(self.fit.head_blocks[0].clone()))
     }
 
-    /// The embedding of all tokens; of its rows only those that occur are read.
+    /// The embedding of all tokens; of its rows only those that occur are read, of each by one rank.
     fn embed(&self) -> Result<States, Halt> {
         let (length, width) = (self.length, self.config.hidden_size);
+        let own = self.first_id..self.first_id + self.config.vocab_size;
         let mut states = States::new(self.sequences.len() * length, width, self.spill)?;
         for batch in self.batches() {
             self.check_stop()?;
@@ -138,9 +200,11 @@ impl Sweep<'_> {
                     let ids = sequence.tokens[..length].iter().enumerate();
                     ids.map(move |(t, &id)| (id as usize, number * length + t))
                 })
+                .filter(|(id, _)| own.contains(id))
+                .map(|(id, row)| (id - own.start, row))
                 .collect();
             wanted.sort_unstable();
-            let mut values = vec![0.0; wanted.len() * width];
+            let mut embedded = vec![0.0; batch.len() * length * width];
             let most = (EMBEDDING_PIECE / width).max(1);
             let mut rest = wanted.as_slice();
             while let Some(&(first, _)) = rest.first() {
@@ -150,12 +214,14 @@ impl Sweep<'_> {
                 let (now, later) = rest.split_at(1 + near.count());
                 let rows = embedding_rows(self.config, self.source, first..now[now.len() - 1].0 + 1)?;
                 for &(id, row) in now {
-                    let embedded = &rows[(id - first) * width..][..width];
-                    values[row * width..][..width].copy_from_slice(embedded);
+                    embedded[row * width..][..width].copy_from_slice(&rows[(id - first) * width..][..width]);
                 }
                 rest = later;
             }
-            states.write(batch.start * length, &values)?;
+            if let Some(neighbours) = self.neighbours {
+                neighbours.tensor.all_reduce(&mut embedded)?;
+            }
+            states.write(batch.start * length, &embedded)?;
         }
         Ok(states)
     }
@@ -169,95 +235,22 @@ impl Sweep<'_> {
             self.check_stop()?;
             let layout = TokenLayout::of_batch(self.config, &self.batch(&batch));
             let hidden = states.read(batch.start * self.length..batch.end * self.length)?;
-            let output = layer.forward(self.tensor(hidden), &layout);
-            states.write(batch.start * self.length, &values(output.hidden))?;
+            let hidden = self.tensor(hidden);
+            let attended = hidden.clone() + self.sum(layer.attention_update(hidden, &layout))?;
+            let update = self.sum(layer.feed_forward_update(attended.clone()).0)?;
+            states.write(batch.start * self.length, &values(attended + update))?;
         }
         Ok(())
     }
 
-    /// A layer with experts. Gives how many of them were read.
-    fn routed(&mut self, index: usize, chosen: usize, states: &mut States) -> Result<u64, Halt> {
-        let Loaded::Routed(layer) = self.ahead.take(Part::Routed(index))? else { unreachable!("as it was asked for") };
-        let rows = self.sequences.len() * self.length;
-        // The sum of what experts give a token, where there are several; else it goes to the hidden states at once.
-        let several = chosen > 1;
-        let mut updates = if several { Some(States::new(rows, self.config.hidden_size, self.spill)?) } else { None };
-        let mut choices = Choices { experts: Vec::with_capacity(rows * chosen), scores: Vec::new() };
-        choices.scores.reserve_exact(rows * chosen);
-        let mut first_expert = None;
-        for batch in self.batches() {
-            self.check_stop()?;
-            let layout = TokenLayout::of_batch(self.config, &self.batch(&batch));
-            let hidden = states.read(batch.start * self.length..batch.end * self.length)?;
-            let attended = layer.attend(self.tensor(hidden), &layout);
-            let found = layer.choose(attended.clone());
-            if let Some(updates) = &mut updates {
-                updates.write(batch.start * self.length, &values(layer.shared(attended.clone())))?;
-            }
-            states.write(batch.start * self.length, &values(attended))?;
-            if first_expert.is_none() {
-                // One that is certain to be chosen can be read while other batches attend; where sums have an order, it
-                // must be the first.
-                let smallest = found.experts.iter().copied().min();
-                first_expert = smallest.filter(|&expert| !several || expert == 0).map(|expert| expert as usize);
-                if let Some(expert) = first_expert {
-                    self.ahead.request(Part::Expert(index, expert));
-                }
-            }
-            choices.experts.extend(found.experts);
-            choices.scores.extend(found.scores);
-        }
-
-        let (starts, order) = by_expert(&choices.experts);
-        let mut wanted: Vec<usize> =
-            (0..starts.len() - 1).filter(|&expert| starts[expert] < starts[expert + 1]).collect();
-        if let Some(place) = wanted.iter().position(|&expert| Some(expert) == first_expert) {
-            wanted[..=place].rotate_right(1);
-        }
-        for (place, &expert) in wanted.iter().enumerate() {
-            let loaded = self.ahead.take(Part::Expert(index, expert))?;
-            let Loaded::Expert(weights) = loaded else { unreachable!("as it was asked for") };
-            let next = wanted.get(place + 1).map(|&next| Part::Expert(index, next));
-            if let Some(part) = next.or_else(|| self.after(index)) {
-                self.ahead.request(part);
-            }
-            for piece in order[starts[expert]..starts[expert + 1]].chunks(self.fit.batch_sequences * self.length) {
-                self.check_stop()?;
-                let tokens: Vec<u32> = piece.iter().map(|assignment| assignment / chosen as u32).collect();
-                let scores = piece.iter().map(|&assignment| choices.scores[assignment as usize]).collect();
-                let attended = self.tensor(states.gather(&tokens)?);
-                let routed = layer.routed(&weights, attended.clone(), scores);
-                match &mut updates {
-                    None => {
-                        let update = layer.shared(attended.clone()) + routed;
-                        states.scatter(&tokens, &values(attended + update))?;
-                    }
-                    Some(updates) => {
-                        let update = self.tensor(updates.gather(&tokens)?) + routed;
-                        updates.scatter(&tokens, &values(update))?;
-                    }
-                }
-            }
-            // Else it would stay beside something that it was not counted with.
-            if place + 1 < wanted.len() || matches!(self.after(index), Some(Part::Routed(_))) {
-                self.ahead.give_back(*weights);
-            }
-        }
-        if let Some(updates) = updates {
-            for batch in self.batches() {
-                let rows = batch.start * self.length..batch.end * self.length;
-                let hidden = self.tensor(states.read(rows.clone())?) + self.tensor(updates.read(rows.clone())?);
-                states.write(rows.start, &values(hidden))?;
-            }
-        }
-        Ok(wanted.len() as u64)
-    }
-
     /// The head over pieces of rows. Where it is in blocks, each piece of rows reads all of them.
     fn head(&mut self, states: &States, give: &mut dyn FnMut(usize, SparseTargets) -> Result<()>) -> Result<(), Halt> {
+        if self.sequences.is_empty() {
+            return Ok(());
+        }
         let (vocab, length, fit) = (self.config.vocab_size, self.length, self.fit);
         // The last thing that is loaded in this sweep, or in its last piece of rows, is of the next.
-        let next_sweep = (self.more && fit.next_sweep_ahead).then(|| self.first_part(0));
+        let next_sweep = (self.more && fit.next_sweep_ahead).then(|| self.first_part(self.layers.start));
         let whole = match fit.head_blocks.as_slice() {
             [all] => Some(self.ahead.take(Part::Head(all.clone()))?),
             _ => None,
@@ -302,8 +295,9 @@ impl Sweep<'_> {
                 let batch = self.batch(&(sequence..sequence + 1));
                 rows.extend(self.predictions.rows(&batch, |_| number).into_iter().skip(place));
             }
-            self.predictions.append(&logits, &rows[..count], &mut pending)?;
+            self.append(&logits, &rows[..count], &mut pending)?;
             rows.clear();
+            // None on ranks that help another one with its rows.
             let complete = pending.row_count() / length;
             for number in 0..complete {
                 give(given + number, pending.slice(number * length, (number + 1) * length))?;
@@ -313,35 +307,15 @@ impl Sweep<'_> {
         }
         Ok(())
     }
-}
 
-/// Where each expert's assignments begin in the list of all assignments sorted by expert (and where the last one's
-/// end), and that list. Assignments of one expert keep the order of the tokens.
-fn by_expert(experts: &[u32]) -> (Vec<usize>, Vec<u32>) {
-    let count = experts.iter().max().map_or(0, |&last| last as usize + 1);
-    let mut starts = vec![0usize; count + 1];
-    experts.iter().for_each(|&expert| starts[expert as usize + 1] += 1);
-    (0..count).for_each(|expert| starts[expert + 1] += starts[expert]);
-    let (mut next, mut order) = (starts.clone(), vec![0u32; experts.len()]);
-    for (assignment, &expert) in experts.iter().enumerate() {
-        order[next[expert as usize]] = assignment as u32;
-        next[expert as usize] += 1;
+    /// What is kept of some rows' logits; where several ranks have their ids, on the first of these.
+    fn append(&self, logits: &[f32], rows: &[Row], targets: &mut SparseTargets) -> Result<()> {
+        let Some(neighbours) = self.neighbours else { return self.predictions.append(logits, rows, targets) };
+        let (group, first_id) = (&neighbours.tensor, self.first_id as u32);
+        ShardedHead { group, predictions: self.predictions, first_id }.append(logits, rows, targets)
     }
-    (starts, order)
 }
 
-fn values(tensor: Tensor<2>) -> Vec<f32> {
+pub(super) fn values(tensor: Tensor<2>) -> Vec<f32> {
     tensor.into_data().try_into_vec::<f32>().expect("hidden states and logits are f32")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn assignments_are_grouped_by_expert_in_the_order_of_the_tokens() {
-        let (starts, order) = by_expert(&[3, 0, 3, 3, 0, 1]);
-        assert_eq!((starts.as_slice(), order.as_slice()), (&[0, 2, 3, 3, 6][..], &[1, 4, 5, 0, 2, 3][..]));
-        assert_eq!(by_expert(&[]), (vec![0], vec![]));
-    }
 }

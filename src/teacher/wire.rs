@@ -1,5 +1,6 @@
 //! What the first rank tells the others to do, and the targets that come back, as bytes.
 
+use super::streamed::StreamCounts;
 use crate::{
     error::{Error, Result},
     parallel::message::{Incoming, Outgoing},
@@ -86,6 +87,20 @@ pub(super) fn targets_from(bytes: &[u8], temperatures: &[f32], selection: &Selec
     Ok(SparseTargets { offsets, ids, captures, kind: selection.kind(), log_normalizer: Some(normalizers) })
 }
 
+pub(super) fn counts_to_bytes(counts: &StreamCounts) -> Vec<u8> {
+    let StreamCounts { sweeps, tokens, bytes_read, experts_read, experts_left_out, spilled_sweeps } = *counts;
+    let all = [sweeps, tokens, bytes_read, experts_read, experts_left_out, spilled_sweeps];
+    Outgoing::new().list(&all).into_bytes()
+}
+
+pub(super) fn counts_from(bytes: &[u8]) -> Result<StreamCounts> {
+    let all: Vec<u64> = Incoming::new(bytes).list()?;
+    let [sweeps, tokens, bytes_read, experts_read, experts_left_out, spilled_sweeps] = all[..] else {
+        return Err(unknown(format!("{} counts", all.len())));
+    };
+    Ok(StreamCounts { sweeps, tokens, bytes_read, experts_read, experts_left_out, spilled_sweeps })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,5 +136,14 @@ mod tests {
             log_normalizer: Some(vec![3.5, 4.5]),
         };
         assert_eq!(targets_from(&targets_to_bytes(&targets), &[1.0, 2.0], &selection).unwrap(), targets);
+        let counts = StreamCounts {
+            sweeps: 1,
+            tokens: 2,
+            bytes_read: u64::MAX,
+            experts_read: 4,
+            experts_left_out: 5,
+            spilled_sweeps: 6,
+        };
+        assert_eq!(counts_from(&counts_to_bytes(&counts)).unwrap(), counts);
     }
 }

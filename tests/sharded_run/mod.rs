@@ -9,16 +9,137 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Device;
 use limbeck::cache::CacheReader;
+use limbeck::checkpoint::{CheckpointReader, Dtype, SafetensorsEntry, TensorData, read_safetensors, write_safetensors};
 use limbeck::models::llama4::Llama4Config;
-use limbeck::precompute;
-use limbeck::targets::{SparseTargets, TargetKind, TargetSource};
+use limbeck::models::{Decoder, DecoderConfig, RandomWeights, read_config};
+use limbeck::parallel::Mesh;
+use limbeck::selection::Selection;
+use limbeck::targets::{PackedSequence, SparseTargets, TargetKind, TargetSource};
+use limbeck::teacher::{ShardSettings, ShardedTeacher};
+use limbeck::train::trainer::write_model;
+use limbeck::{Result, precompute};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 use crate::small_run::*;
 
 /// How far below the smallest kept log-probability, or above it, an id may be kept by one and not by the other.
 pub const TIE: f32 = 1e-4;
 pub const CLOSE: f32 = 1e-5;
+
+pub const LENGTH: usize = 32;
+pub const ONE: Mesh = Mesh { expert: 1, tensor: 1, pipeline: 1, data: 1 };
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// Packed documents of random ids.
+pub fn sequences(vocab: usize, count: usize) -> Vec<PackedSequence> {
+    let mut random = ChaCha8Rng::seed_from_u64(7);
+    let mut document = || (0..random.random_range(2..40)).map(|_| random.random_range(0..vocab as u32)).collect();
+    let documents: Vec<Vec<u32>> = (0..3 * count).map(|_| document()).collect();
+    let mut packed = limbeck::data::pack(&documents, LENGTH, 0);
+    assert!(packed.len() >= count);
+    packed.truncate(count);
+    packed
+}
+
+pub fn config_of(dir: &Path) -> DecoderConfig {
+    let reader = CheckpointReader::open(dir).unwrap();
+    read_config(reader.config_path(), reader.config()).unwrap()
+}
+
+pub fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSettings {
+    ShardSettings {
+        checkpoint: checkpoint.into(),
+        config: config_of(checkpoint),
+        mesh,
+        device: Device::flex(),
+        selection,
+        temperatures: vec![1.0, 2.0],
+        batch_sequences: 2,
+        streaming: None,
+    }
+}
+
+pub fn sharded_teacher(checkpoint: &Path, mesh: Mesh, selection: Selection) -> Result<ShardedTeacher> {
+    ShardedTeacher::in_process(&settings(checkpoint, mesh, selection), &vec![Device::flex(); mesh.size()])
+}
+
+pub fn numbered(sequences: &[PackedSequence]) -> Vec<(u64, &PackedSequence)> {
+    (5..).zip(sequences).collect()
+}
+
+/// A dense model of the Llama family with these keys beside what all have.
+pub fn write_dense(dir: &Path, more: serde_json::Value) {
+    let mut json = serde_json::json!({
+        "model_type": "llama", "hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 60, "num_hidden_layers": 4, "vocab_size": 301, "max_position_embeddings": 64,
+    });
+    json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let config = read_config(dir, &json).unwrap();
+    let weights = RandomWeights { seed: 11, std: 0.2 };
+    let mut model = Decoder::load(config, &weights, &Device::flex()).unwrap();
+    write_model(&mut model, dir, &EXPORT, &[], None).unwrap();
+}
+
+pub fn joined(all: &[SparseTargets]) -> SparseTargets {
+    let mut joined = SparseTargets::empty(&[1.0, 2.0]);
+    all.iter().for_each(|targets| joined.extend(targets));
+    joined
+}
+
+pub const DENSE_MESHES: [Mesh; 11] = [
+    Mesh { tensor: 2, ..ONE },
+    Mesh { tensor: 3, ..ONE },
+    Mesh { tensor: 4, ..ONE },
+    Mesh { pipeline: 2, ..ONE },
+    Mesh { pipeline: 3, ..ONE },
+    Mesh { pipeline: 4, ..ONE },
+    Mesh { data: 2, ..ONE },
+    Mesh { data: 3, ..ONE },
+    Mesh { data: 4, ..ONE },
+    Mesh { pipeline: 2, tensor: 2, ..ONE },
+    Mesh { data: 2, tensor: 2, ..ONE },
+];
+
+pub const EXPERT_MESHES: [Mesh; 6] = [
+    Mesh { expert: 2, ..ONE },
+    Mesh { expert: 3, ..ONE },
+    Mesh { expert: 4, ..ONE },
+    Mesh { expert: 2, tensor: 2, ..ONE },
+    Mesh { expert: 2, pipeline: 2, ..ONE },
+    Mesh { expert: 2, data: 2, ..ONE },
+];
+
+/// Changes the values of a checkpoint's tensors.
+pub fn change(dir: &Path, mut change: impl FnMut(&str, &[usize], &mut [f32])) {
+    let path = dir.join("model.safetensors");
+    let file = read_safetensors(&path).unwrap();
+    let names: Vec<String> = file.names().map(String::from).collect();
+    let tensors: Vec<(String, Vec<usize>, Vec<f32>)> = names
+        .into_iter()
+        .map(|name| {
+            let shape = file.info(&name).unwrap().shape.clone();
+            let mut values = file.load_f32(&name, &shape).unwrap();
+            change(&name, &shape, &mut values);
+            (name, shape, values)
+        })
+        .collect();
+    drop(file);
+    let entries: Vec<SafetensorsEntry> = tensors
+        .iter()
+        .map(|(name, shape, _)| SafetensorsEntry { name: name.clone(), shape: shape.clone(), dtype: Dtype::F32 })
+        .collect();
+    let mut fetch = |name: &str| {
+        let found = tensors.iter().find(|(known, _, _)| known == name).unwrap();
+        Ok(TensorData::F32(found.2.clone().into()))
+    };
+    write_safetensors(&path, &entries, &BTreeMap::new(), &mut fetch).unwrap();
+}
 
 /// A Llama 4 whose sizes divide by 2, 3 and 4: twelve heads on six key heads, twelve experts.
 pub fn divisible(layers: usize, vocab_size: usize, chosen: usize) -> Llama4Config {
