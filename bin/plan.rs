@@ -52,7 +52,9 @@ pub fn estimate(args: &PlanArgs) -> Result<()> {
     };
     let work = TeacherWork::new(&config, seq_len);
     let memory = args.memory.map(|gigabytes| gigabytes * 1e9);
-    let job = Job { config: &config, weights, seq_len, tokens, batch_tokens: batch, memory };
+    let selection = recipe.cache.selection();
+    let shard = (recipe.shard_bytes(selection.most_ids() as u64), recipe.shard_bytes(selection.usual_ids() as u64));
+    let job = Job { config: &config, weights, seq_len, tokens, batch_tokens: batch, memory, shard };
     let names: Vec<&str> = match args.hardware.is_empty() && measured.is_none() {
         true => PRESETS.to_vec(),
         false => args.hardware.iter().map(String::as_str).collect(),

@@ -92,6 +92,8 @@ pub struct Job<'a> {
     pub batch_tokens: u64,
     /// Bytes that a streamed teacher may take on a device, if not all that can be planned with.
     pub memory: Option<f64>,
+    /// Bytes of a shard in the making: as much as it may be, and as much as is usual.
+    pub shard: (u64, u64),
 }
 
 /// Every way of running the teacher on the hardware: those that fit first, the cheapest (the fastest, for all devices
@@ -123,21 +125,23 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
             let memory = job.memory.unwrap_or(usable);
             let settings = StreamSettings {
                 memory: memory as u64,
-                taken: vec![("the program", PROGRAM + memory as u64 / 16)],
+                taken: vec![("the program", PROGRAM + memory as u64 / 16), ("a shard in the making", job.shard.0)],
                 batch_tokens: job.batch_tokens,
                 sweep_tokens: None,
                 spill: Spill::Auto,
                 spill_dir: PathBuf::new(),
             };
             match streamed_memory(job.config, job.seq_len, &settings, weight) {
-                Ok((mut parts, sweep)) => {
+                Ok(mut plan) => {
                     // The end of the data ends a sweep as well, and takes of it what it has tokens.
-                    let tokens = (sweep as f64).min(job.tokens.max(job.seq_len as f64));
-                    parts[1].1 = (parts[1].1 as f64 * tokens / sweep as f64) as u64;
+                    let tokens = (plan.sweep_tokens as f64).min(job.tokens.max(job.seq_len as f64));
+                    let share = tokens / plan.sweep_tokens as f64;
+                    plan.memory[1].1 = (plan.memory[1].1 as f64 * share) as u64;
                     let sweeps = (job.tokens / tokens).max(1.0);
                     let compute = tokens * hardware.seconds_per_token(work);
                     let experts = work.experts.min(tokens * work.chosen_experts);
-                    let read = (work.dense + experts + work.embedding + work.head) * job.weights.bytes();
+                    let head = work.head_product * (share * plan.head_reads as f64).ceil();
+                    let read = (work.dense + experts + work.embedding + head) * job.weights.bytes();
                     // Weights are read by one of the threads that otherwise compute.
                     let (loading, threads) =
                         hardware.measured.as_ref().map_or((f64::INFINITY, 1), |rates| (rates.loading, rates.threads));
@@ -148,7 +152,7 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
                     estimate.tokens_at_once = tokens;
                     estimate.rate = job.tokens / (sweeps * estimate.seconds);
                     estimate.bottleneck = if compute >= disk { "products" } else { "disk" };
-                    (parts, memory)
+                    (plan.memory, memory)
                 }
                 Err(error) => {
                     estimate.obstacle = Some(error.to_string());
@@ -159,6 +163,7 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
     };
     estimate.memory = parts.into_iter().map(|(name, bytes)| (name, bytes as f64)).collect();
     estimate.memory.push(("the program", PROGRAM as f64));
+    estimate.memory.push(("a shard in the making", job.shard.1 as f64));
     estimate.obstacle = obstacle(estimate.bytes(), usable);
     estimate
 }

@@ -10,7 +10,7 @@ use burn::tensor::Device;
 
 use super::served;
 use crate::{
-    cache::{CacheWriter, Codec, TeacherIdentity},
+    cache::{CacheWriter, TeacherIdentity},
     checkpoint::CheckpointReader,
     error::Result,
     inputs::Inputs,
@@ -222,7 +222,7 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, run_dir: &Path, pa
             recipe.error("teacher.memory", "is missing, and this system does not say what is free", "give a size")
         })?,
     };
-    let shard = recipe.cache.sequences_per_shard as u64 * shard_sequence_bytes(recipe);
+    let shard = recipe.shard_bytes(recipe.cache.selection().most_ids() as u64);
     Ok(StreamSettings {
         memory: memory / parts,
         // Buffers of the text and of what the allocator keeps come to that.
@@ -239,12 +239,3 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, run_dir: &Path, pa
 
 /// Bytes by which the program grows beside the teacher and the cache.
 const OWN_GROWTH: u64 = 32 << 20;
-
-/// The most that one sequence takes in a shard that is being filled or sealed.
-fn shard_sequence_bytes(recipe: &Recipe) -> u64 {
-    let (ids, captures) = (recipe.cache.selection().most_ids() as u64, recipe.cache.temperatures.len() as u64);
-    let row = 12 + 8 + 4 * ids + captures * (4 * ids + 8);
-    // Codecs other than `raw` make the bytes of a shard beside its numbers.
-    let coded = if recipe.cache.codec == Codec::Raw { 0 } else { row / 2 };
-    (recipe.data.seq_len as u64 + 1) * (row + coded)
-}

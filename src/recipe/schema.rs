@@ -445,6 +445,17 @@ impl Recipe {
         self.teacher.as_ref().filter(|teacher| teacher.mode == TeacherMode::Remote)
     }
 
+    /// Bytes of a shard of the cache that is being filled or sealed, where each row keeps so many ids.
+    pub fn shard_bytes(&self, ids: u64) -> u64 {
+        let captures = self.cache.temperatures.len() as u64;
+        let row = 12 + 8 + 4 * ids + captures * (4 * ids + 8);
+        // Codecs other than `raw` make the bytes of a shard beside its numbers.
+        let coded = if self.cache.codec == Codec::Raw { 0 } else { row / 2 };
+        let length = self.data.seq_len as u64;
+        let sequences = (self.cache.sequences_per_shard as u64).min(self.data.tokens.div_ceil(length));
+        sequences * (length + 1) * (row + coded)
+    }
+
     /// The directory of the teacher that runs here, if one does.
     pub fn teacher_checkpoint(&self) -> Option<&PathBuf> {
         self.teacher.as_ref().filter(|teacher| teacher.mode != TeacherMode::Remote).map(|teacher| &teacher.checkpoint)

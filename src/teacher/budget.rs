@@ -78,6 +78,16 @@ pub fn resident_memory(config: &DecoderConfig, seq_len: u64, batch_tokens: u64, 
     ]
 }
 
+/// What a streamed teacher is likely to take, and how it goes over the tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamPlan {
+    /// Less than its budget, which it may not pass even where every part is as large as it can be.
+    pub memory: MemoryParts,
+    pub sweep_tokens: u64,
+    /// Times that the head is read for one sweep: where it is read in blocks, every piece of rows reads all of them.
+    pub head_reads: u64,
+}
+
 /// What a streamed teacher takes, and the tokens of its sweep.
 ///
 /// # Errors
@@ -87,12 +97,25 @@ pub fn streamed_memory(
     seq_len: u64,
     settings: &StreamSettings,
     weight: u64,
-) -> Result<(MemoryParts, u64)> {
-    let weight = WeightBytes { kept: weight, reading: weight };
-    let fit = Fit::new(config, seq_len as usize, settings, weight, true, Beside::default())?;
+) -> Result<StreamPlan> {
+    let bytes = WeightBytes { kept: weight, reading: weight };
+    let fit = Fit::new(config, seq_len as usize, settings, bytes, true, Beside::default())?;
+    let threads = rayon::current_num_threads() as u64;
+    let parts = Parts { config, width: weight, reading: weight, seq_len, threads, beside: Beside::default() };
     let taken: u64 = settings.taken.iter().map(|(_, bytes)| bytes).sum();
-    let parts = vec![("weights and what works", fit.fixed - taken), ("states of the sweep", fit.sweep)];
-    Ok((parts, fit.sweep_sequences as u64 * seq_len))
+    let sweep_tokens = fit.sweep_sequences as u64 * seq_len;
+    // Likely, as with resident_memory.
+    let scratch = parts.scratch(fit.batch_sequences as u64 * seq_len) * 2 / 3;
+    let block = parts.head(fit.head_blocks[0].len() as u64);
+    let in_blocks = fit.head_blocks.len() > 1;
+    let head = block * if in_blocks { 2 } else { 1 } + parts.logits(fit.head_rows as u64) / 2;
+    let head_beside_layer = if fit.head_ahead { parts.last_layer() + scratch + block } else { 0 };
+    let working = (parts.weights() + scratch).max(head).max(head_beside_layer).min(fit.fixed - taken);
+    Ok(StreamPlan {
+        memory: vec![("weights and what works", working), ("states of the sweep", fit.sweep)],
+        sweep_tokens,
+        head_reads: if in_blocks { sweep_tokens.div_ceil(fit.head_rows as u64) } else { 1 },
+    })
 }
 
 impl Fit {

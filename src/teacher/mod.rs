@@ -25,7 +25,7 @@ mod sweep;
 mod sweep_experts;
 mod wire;
 
-pub use budget::{MemoryParts, Spill, StreamSettings, resident_memory, streamed_memory};
+pub use budget::{MemoryParts, Spill, StreamPlan, StreamSettings, resident_memory, streamed_memory};
 pub use head::HeadTargets;
 pub use resident::ResidentTeacher;
 pub use sharded::{ShardSettings, ShardedTeacher};

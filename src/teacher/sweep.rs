@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
+    memory,
     models::{
         DecoderConfig, TokenLayout, WeightSource,
         config::FeedForwardConfig,
@@ -249,6 +250,9 @@ impl Sweep<'_> {
             return Ok(());
         }
         let (vocab, length, fit) = (self.config.vocab_size, self.length, self.fit);
+        if !fit.head_ahead {
+            memory::give_back_freed();
+        }
         // The last thing that is loaded in this sweep, or in its last piece of rows, is of the next.
         let next_sweep = (self.more && fit.next_sweep_ahead).then(|| self.first_part(self.layers.start));
         let whole = match fit.head_blocks.as_slice() {
