@@ -19,7 +19,7 @@ use limbeck::models::llama4::{Llama4Config, sharding};
 use limbeck::parallel::{Axis, Collective, Mesh, Operation, in_process};
 use limbeck::selection::Selection;
 use limbeck::targets::PackedSequence;
-use limbeck::teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, sharded};
+use limbeck::teacher::{ResidentTeacher, ShardedTeacher, sharded};
 use limbeck::{Error, Result, precompute};
 use sharded_run::*;
 use small_run::*;

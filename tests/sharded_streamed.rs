@@ -163,7 +163,7 @@ fn every_form_of_weights_is_streamed_in_parts() {
     for name in forms {
         let config = config_of(&fixture(name));
         let fitting: Vec<Mesh> = meshes.into_iter().filter(|mesh| sharding::check(&config, mesh).is_ok()).collect();
-        assert!(fitting.len() >= 2 && fitting.iter().any(|mesh| mesh.tensor > 1), "{name}: {fitting:?}");
+        assert!(fitting.iter().any(|mesh| mesh.tensor > 1), "{name}: {fitting:?}");
         check(&fixture(name), &Selection::TopK { k: 8 }, &fitting, 5, folder.path());
     }
 }

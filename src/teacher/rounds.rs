@@ -195,7 +195,7 @@ mod tests {
                 assert_eq!(found, needed, "{experts:?}");
             }
             for (own, experts) in own.iter().zip(experts) {
-                let mut sent = vec![];
+                let mut sent: Vec<u32> = vec![];
                 for round in 0..rounds.count() {
                     for to in 0..3 {
                         let now = rounds.sent(own, to, round);
