@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
+use limbeck_kernels::packed_matmul::Numbers;
 
 use crate::{
     cache::{
@@ -24,7 +25,7 @@ use crate::{
     models::{Decoder, DecoderConfig, parameter::CheckpointWeights, read_config},
     parallel::{Collective, Mesh, launch},
     progress::{Progress, Unit},
-    recipe::{Recipe, TeacherMode, TeacherSection},
+    recipe::{Dtype, Recipe, TeacherMode, TeacherSection},
     remote::RemoteTeacher,
     run::RunOptions,
     selection::Selection,
@@ -240,7 +241,10 @@ impl<'a> Filler<'a> {
             (Some(section), Some(reader)) => Some(TeacherIdentity {
                 name: section.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                 fingerprint: reader.fingerprint()?,
-                dtype: "f32".into(),
+                dtype: match section.dtype {
+                    Dtype::F32 => "f32".into(),
+                    Dtype::Bf16 => "bf16".into(),
+                },
                 in_training: None,
             }),
             (Some(section), None) => Some(match served::finished(section, inputs) {
@@ -608,7 +612,16 @@ fn teacher_of<'a>(
                 }
             }))
         } else {
-            let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;
+            let numbers = match section.dtype {
+                Dtype::F32 => Numbers::F32,
+                Dtype::Bf16 if *device == Device::flex() => Numbers::Bf16,
+                Dtype::Bf16 => {
+                    let problem = "is `bf16`, in which a teacher computes on the processor alone";
+                    return Err(recipe.error("teacher.dtype", problem, "use `f32`, or run it with --device cpu"));
+                }
+            };
+            let weights = CheckpointWeights::new(reader).in_numbers(numbers);
+            let model = Decoder::load_for_inference(config.clone(), &weights, device)?;
             Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
         });
     }
