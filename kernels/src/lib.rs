@@ -17,6 +17,7 @@ pub mod host_op;
 pub mod logsumexp_gather;
 pub mod norms;
 pub mod oracle;
+pub mod packed_layer;
 pub mod packed_matmul;
 pub mod rms_norm;
 pub mod rotary;

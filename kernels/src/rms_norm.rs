@@ -37,6 +37,28 @@ pub fn rms_norm_reference(x: Tensor<2>, eps: f32) -> Tensor<2> {
     x / (mean_square + eps).sqrt()
 }
 
+/// One row; what it was multiplied by before the weight.
+#[inline(always)]
+pub(crate) fn norm_row(x: &[f32], weight: Option<&[f32]>, eps: f32, output: &mut [f32]) -> f32 {
+    let scale = (dot(x, x) / x.len() as f32 + eps).sqrt().recip();
+    vectorised(
+        #[inline(always)]
+        || match weight {
+            Some(weight) => {
+                for ((out, &x), &w) in output.iter_mut().zip(x).zip(weight) {
+                    *out = x * scale * w;
+                }
+            }
+            None => {
+                for (out, &x) in output.iter_mut().zip(x) {
+                    *out = x * scale;
+                }
+            }
+        },
+    );
+    scale
+}
+
 #[derive(Debug)]
 struct RmsNorm {
     eps: f32,
@@ -53,23 +75,7 @@ impl HostOp for RmsNorm {
             .zip(x.data.par_chunks(row_chunk(width) * width))
             .for_each(|((output, inverse), x)| {
                 for ((out, inverse), x) in output.chunks_mut(width).zip(inverse).zip(x.chunks(width)) {
-                    let scale = (dot(x, x) / width as f32 + self.eps).sqrt().recip();
-                    *inverse = scale;
-                    vectorised(
-                        #[inline(always)]
-                        || match weight {
-                            Some(weight) => {
-                                for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
-                                    *out = x * scale * w;
-                                }
-                            }
-                            None => {
-                                for (out, &x) in out.iter_mut().zip(x) {
-                                    *out = x * scale;
-                                }
-                            }
-                        },
-                    );
+                    *inverse = norm_row(x, weight, self.eps, out);
                 }
             });
         Forward { shape: x.shape.to_vec(), data: output, saved: inverse }

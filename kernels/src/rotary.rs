@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
+    vector_math::vectorised,
 };
 
 /// Which two channels of a head turn together.
@@ -35,6 +36,35 @@ impl RotaryTable {
             sines: Arc::new(angles().map(f32::sin).collect()),
             pairing,
         }
+    }
+}
+
+impl RotaryTable {
+    /// Turns the heads of one token.
+    pub(crate) fn turn_in_place(&self, token: usize, heads: &mut [f32], head_dim: usize) {
+        let half = head_dim / 2;
+        let (cosines, sines) = (&self.cosines[token * half..][..half], &self.sines[token * half..][..half]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for head in heads.chunks_mut(head_dim) {
+                    match self.pairing {
+                        Pairing::Interleaved => {
+                            for ((pair, c), s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cosines).zip(sines) {
+                                let [a, b] = *pair;
+                                *pair = [a * c - b * s, a * s + b * c];
+                            }
+                        }
+                        Pairing::Halves => {
+                            let (low, high) = head.split_at_mut(half);
+                            for (((a, b), c), s) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
+                                (*a, *b) = (*a * c - *b * s, *a * s + *b * c);
+                            }
+                        }
+                    }
+                }
+            },
+        );
     }
 }
 

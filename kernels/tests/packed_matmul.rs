@@ -5,7 +5,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 use half::{bf16, f16};
 use limbeck_kernels::packed_matmul::{
-    Element, Instructions, K_BLOCK, Order, PackedMatrix, grouped, linear, multiply, multiply_with, rows,
+    Element, Instructions, K_BLOCK, Numbers, Order, PackedMatrix, grouped, linear, multiply, multiply_with, rows,
 };
 use proptest::prelude::*;
 
@@ -47,6 +47,23 @@ fn on_threads<R: Send>(count: usize, body: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap().install(body)
 }
 
+/// How an element is defined where rows and weights are rounded: chains over pairs, the second of a pair first.
+fn defined_rounded(rows: &[f32], weights: &[f32], inputs: usize) -> Vec<f32> {
+    let round = |values: &[f32]| -> Vec<f32> { values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect() };
+    let block = |row: &[f32], weight: &[f32]| {
+        row.chunks(2).zip(weight.chunks(2)).fold(0.0f32, |sum, (x, w)| {
+            let sum = x.get(1).map_or(sum, |second| second.mul_add(w[1], sum));
+            x[0].mul_add(w[0], sum)
+        })
+    };
+    let element = |row: &[f32], weight: &[f32]| {
+        let (row, weight) = (round(row), round(weight));
+        let sums = row.chunks(2 * K_BLOCK).zip(weight.chunks(2 * K_BLOCK)).map(|(row, weight)| block(row, weight));
+        sums.reduce(|all, block| all + block).unwrap()
+    };
+    rows.chunks(inputs).flat_map(|row| weights.chunks(inputs).map(move |weight| element(row, weight))).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -72,6 +89,29 @@ proptest! {
                 let terms = || row.iter().zip(weight).map(|(&x, &w)| f64::from(x) * f64::from(w));
                 let (truth, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
                 prop_assert!((f64::from(found) - truth).abs() <= 2e-6 * size, "{} instead of {}", found, truth);
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_bits_that_are_defined_for_rounded_weights(
+        row_count in 1usize..40, inputs in 1usize..(5 * K_BLOCK), outputs in 1usize..100, seed: u64,
+    ) {
+        let (values, weights) = (random(row_count * inputs, seed), random(outputs * inputs, seed ^ 1));
+        let bytes: &[u8] = bytemuck::cast_slice(&weights);
+        let packed = PackedMatrix::rounded(bytes, Element::F32, Order::OutputMajor, inputs, outputs);
+        prop_assert!(packed.is_bf16());
+        let wanted = defined_rounded(&values, &weights, inputs);
+        for &instructions in Instructions::available() {
+            let found = product(instructions, &values, &packed);
+            prop_assert_eq!(bits(&found), bits(&wanted), "{:?}", instructions);
+        }
+        // Two roundings to eight bits of each term.
+        for (row, found) in values.chunks(inputs).zip(wanted.chunks(outputs)) {
+            for (weight, &found) in weights.chunks(inputs).zip(found) {
+                let terms = || row.iter().zip(weight).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                let (truth, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
+                prop_assert!((f64::from(found) - truth).abs() <= 0.0079 * size, "{} instead of {}", found, truth);
             }
         }
     }
@@ -212,8 +252,8 @@ fn spare_memory_changes_nothing() {
         for (new, inputs, outputs) in &matrices {
             let spare = PackedMatrix::pack_f32(old, Order::OutputMajor, *old_inputs, *old_outputs);
             let bytes: Vec<u8> = new.iter().flat_map(|value| value.to_le_bytes()).collect();
-            let packed =
-                PackedMatrix::pack_into(Some(spare), &bytes, Element::F32, Order::InputMajor, *inputs, *outputs);
+            let (order, numbers) = (Order::InputMajor, Numbers::F32);
+            let packed = PackedMatrix::pack_into(Some(spare), &bytes, Element::F32, order, *inputs, *outputs, numbers);
             let fresh = PackedMatrix::pack_f32(new, Order::InputMajor, *inputs, *outputs);
             assert_eq!((packed.is_bf16(), packed.bytes()), (fresh.is_bf16(), fresh.bytes()));
             let rows = random(5 * inputs, 9);

@@ -3,6 +3,7 @@
 use burn::tensor::{Tensor, TensorData};
 use limbeck_kernels::{
     attention::{Heads, attention},
+    packed_layer::{AttentionHalf, HeadNorm},
     rms_norm::{rms_norm, unit_rms},
     rotary::rotary,
 };
@@ -11,6 +12,7 @@ use super::{
     config::{AttentionTemperature, DecoderConfig, LayerConfig, QueryKeyNorm, Span},
     layout::TokenLayout,
     linear::{Linear, Weights},
+    packed_block,
     parameter::ParameterRef,
 };
 use crate::error::Result;
@@ -27,6 +29,13 @@ pub struct Attention {
     /// Query and key norm weights.
     norms: Option<[Tensor<1>; 2]>,
     settings: Settings,
+}
+
+/// Biases, norms and temperatures as numbers.
+pub(super) struct Vectors {
+    biases: Option<[Vec<f32>; 3]>,
+    norms: Option<[Vec<f32>; 2]>,
+    scales: Option<Vec<f32>>,
 }
 
 #[derive(Debug, Clone)]
@@ -90,6 +99,50 @@ impl Attention {
         self.output.forward(mixed)
     }
 
+    pub(super) fn is_packed(&self) -> bool {
+        self.query.packed().is_some()
+    }
+
+    /// The same weights as a half of a block, where they are packed.
+    pub(super) fn packed<'a>(
+        &'a self,
+        (norm, eps): (&'a [f32], f32),
+        vectors: &'a Vectors,
+        layout: &'a TokenLayout,
+    ) -> Option<AttentionHalf<'a>> {
+        let settings = &self.settings;
+        Some(AttentionHalf {
+            norm,
+            eps,
+            query: self.query.packed()?,
+            key: self.key.packed()?,
+            value: self.value.packed()?,
+            output: self.output.packed()?,
+            biases: vectors.biases.as_ref().map(|biases| biases.each_ref().map(Vec::as_slice)),
+            head_norm: match (settings.query_key_norm, &vectors.norms) {
+                (QueryKeyNorm::WeightedBeforeRotary, Some(norms)) => {
+                    HeadNorm::WeightedBeforeRotary(norms.each_ref().map(Vec::as_slice))
+                }
+                (QueryKeyNorm::UnitAfterRotary, _) => HeadNorm::UnitAfterRotary,
+                _ => HeadNorm::None,
+            },
+            rotary: settings.rotary.then(|| layout.rotary()),
+            query_scales: vectors.scales.as_deref(),
+            heads: settings.heads,
+            ranges: layout.ranges(settings.span),
+        })
+    }
+
+    /// What [`packed`](Self::packed) refers to: the numbers of small tensors.
+    pub(super) fn vectors(&self, layout: &TokenLayout) -> Vectors {
+        let values = |tensor: &Tensor<1>| packed_block::numbers(tensor.clone());
+        Vectors {
+            biases: self.biases.as_ref().map(|biases| biases.each_ref().map(values)),
+            norms: self.norms.as_ref().map(|norms| norms.each_ref().map(values)),
+            scales: self.settings.temperature.and_then(|temperature| scales(temperature, &layout.positions)),
+        }
+    }
+
     /// Norm and rotation of queries (`which` 0) or keys (1), in the order the family has them.
     fn place(&self, x: Tensor<2>, which: usize, layout: &TokenLayout) -> Tensor<2> {
         let settings = &self.settings;
@@ -126,15 +179,18 @@ impl Attention {
 
 /// Multiplies each query by its position's temperature; leaves the tensor alone where all are one.
 fn scale_by_position(query: Tensor<2>, temperature: AttentionTemperature, positions: &[u32]) -> Tensor<2> {
+    let Some(scales) = scales(temperature, positions) else { return query };
+    let count = scales.len();
+    let scales = Tensor::<2>::from_data(TensorData::new(scales, [count, 1]), &query.device());
+    query * scales
+}
+
+/// Each position's temperature; `None` where all are one.
+fn scales(temperature: AttentionTemperature, positions: &[u32]) -> Option<Vec<f32>> {
     let scale = |position: u32| {
         let steps = ((position as f64 + 1.0) / temperature.floor_scale).floor();
         (1.0 + temperature.scale * steps.ln_1p()) as f32
     };
     let scales: Vec<f32> = positions.iter().map(|&position| scale(position)).collect();
-    if scales.iter().all(|&scale| scale == 1.0) {
-        return query;
-    }
-    let count = scales.len();
-    let scales = Tensor::<2>::from_data(TensorData::new(scales, [count, 1]), &query.device());
-    query * scales
+    scales.iter().any(|&scale| scale != 1.0).then_some(scales)
 }

@@ -11,6 +11,7 @@ use super::{
     feed_forward::{FeedForward, Routing},
     layout::TokenLayout,
     linear::{Linear, Weights},
+    packed_block,
     parameter::{CheckpointWeights, ParameterRef, WeightSource},
     read_config,
 };
@@ -78,7 +79,10 @@ impl Layer {
     /// # Shapes
     /// - `hidden` `[N, hidden]`
     pub fn forward(&self, hidden: Tensor<2>, layout: &TokenLayout) -> LayerOutput {
-        let hidden = hidden.clone() + self.attention_update(hidden, layout);
+        let hidden = match packed_block::block(hidden, self.norms(), &self.attention, &self.feed_forward, layout) {
+            Ok(hidden) => return LayerOutput { hidden, routing: None },
+            Err(hidden) => packed_block::attended(hidden, &self.attention, self.norms()[0], layout),
+        };
         let (update, routing) = self.feed_forward_update(hidden.clone());
         LayerOutput { hidden: hidden + update, routing }
     }
@@ -88,7 +92,7 @@ impl Layer {
     /// # Shapes
     /// - `hidden` and result `[N, hidden]`
     pub fn attention_update(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
-        self.attention.forward(rms_norm(hidden, self.input_norm.clone(), self.eps), layout)
+        packed_block::attention_update(hidden, &self.attention, self.norms()[0], layout)
     }
 
     /// What the feed-forward half adds to the hidden states after the attention half.
@@ -96,7 +100,12 @@ impl Layer {
     /// # Shapes
     /// - `attended` and result `[N, hidden]`
     pub fn feed_forward_update(&self, attended: Tensor<2>) -> (Tensor<2>, Option<Routing>) {
-        self.feed_forward.forward(rms_norm(attended, self.post_attention_norm.clone(), self.eps))
+        packed_block::feed_forward_update(attended, &self.feed_forward, self.norms()[1])
+    }
+
+    /// Those before the attention and before the feed-forward half.
+    fn norms(&self) -> [packed_block::Norm<'_>; 2] {
+        [(&self.input_norm, self.eps), (&self.post_attention_norm, self.eps)]
     }
 }
 

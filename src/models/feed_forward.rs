@@ -7,6 +7,7 @@ use std::sync::Arc;
 use burn::tensor::{Int, Tensor, TensorData, activation::sigmoid};
 use limbeck_kernels::{
     gather_rows::gather_rows,
+    packed_layer::FeedForwardHalf,
     swiglu::{gated_silu, swiglu},
 };
 
@@ -73,7 +74,8 @@ impl FeedForward {
                 Ok(FeedForward::Dense(Box::new(Mlp::load(hidden, width, &block, weights)?)))
             }
             FeedForwardConfig::Experts { width, expert_count, chosen } => Ok(FeedForward::Experts(Box::new(Experts {
-                router: weights.linear(&format!("{block}router.weight"), [expert_count, hidden])?,
+                // Which expert a token goes to is not left to rounding.
+                router: weights.exact().linear(&format!("{block}router.weight"), [expert_count, hidden])?,
                 gate_up: weights.stack(&format!("{block}experts.gate_up_proj"), [expert_count, hidden, 2 * width])?,
                 down: weights.stack(&format!("{block}experts.down_proj"), [expert_count, width, hidden])?,
                 shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), weights)?,
@@ -127,6 +129,16 @@ impl Mlp {
 
     pub(super) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         self.down.forward(gated_silu(self.gate.forward(x.clone()), self.up.forward(x)))
+    }
+
+    pub(super) fn is_packed(&self) -> bool {
+        self.gate.packed().is_some()
+    }
+
+    /// The same weights as a half of a block, where they are packed.
+    pub(super) fn packed<'a>(&'a self, norm: &'a [f32], eps: f32) -> Option<FeedForwardHalf<'a>> {
+        let (gate, up, down) = (self.gate.packed()?, self.up.packed()?, self.down.packed()?);
+        Some(FeedForwardHalf { norm, eps, gate, up, down })
     }
 
     fn visit(&mut self, prefix: &str, visitor: &mut dyn FnMut(&str, ParameterRef<'_>)) {

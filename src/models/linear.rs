@@ -9,7 +9,7 @@ use limbeck_kernels::{
     gather_rows::gather_rows,
     grouped_matmul::grouped_matmul,
     host_op,
-    packed_matmul::{self, Order, PackedMatrix},
+    packed_matmul::{self, Numbers, Order, PackedMatrix},
 };
 
 use super::parameter::{ParameterRef, WeightSource, load, load_rows};
@@ -21,17 +21,24 @@ pub struct Weights<'a> {
     source: &'a dyn WeightSource,
     device: &'a Device,
     packed: bool,
+    numbers: Numbers,
 }
 
 impl<'a> Weights<'a> {
     /// Tensors of a device, trainable when it records gradients.
     pub fn tensors(source: &'a dyn WeightSource, device: &'a Device) -> Self {
-        Weights { source, device, packed: false }
+        Weights { source, device, packed: false, numbers: Numbers::F32 }
     }
 
     /// The form a model runs fastest in and is never trained in: packed on the processor, tensors elsewhere.
     pub fn for_inference(source: &'a dyn WeightSource, device: &'a Device) -> Self {
-        Weights { source, device, packed: host_op::runs_on(device) && !device.is_autodiff() }
+        let packed = host_op::runs_on(device) && !device.is_autodiff();
+        Weights { source, device, packed, numbers: source.numbers() }
+    }
+
+    /// The same weights, multiplied as they are.
+    pub fn exact(self) -> Self {
+        Weights { numbers: Numbers::F32, ..self }
     }
 
     pub fn vector(&self, name: &str, width: usize) -> Result<Tensor<1>> {
@@ -53,7 +60,7 @@ impl<'a> Weights<'a> {
             return Ok(Linear::Tensor(load_rows(self.source, name, shape, outputs, self.device)?));
         }
         let stored = self.source.stored_rows(name, &shape, outputs.clone())?;
-        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len(), self.source.spare());
+        let packed = stored.pack(Order::OutputMajor, shape[1], outputs.len(), self.numbers, self.source.spare());
         Ok(Linear::Packed(Arc::new(packed)))
     }
 
@@ -74,7 +81,7 @@ impl<'a> Weights<'a> {
         let [_, inputs, outputs] = shape;
         let pack = |expert| {
             let stored = self.source.stored_rows(name, &shape, expert..expert + 1)?;
-            let packed = stored.pack(Order::InputMajor, inputs, outputs, self.source.spare());
+            let packed = stored.pack(Order::InputMajor, inputs, outputs, self.numbers, self.source.spare());
             Ok(Arc::new(packed))
         };
         Ok(Stack::Packed(experts.map(pack).collect::<Result<_>>()?))
@@ -123,6 +130,14 @@ impl Linear {
                 let shape = [weight.outputs(), weight.inputs()];
                 Tensor::from_data(TensorData::new(weight.unpacked(), shape), &Device::flex())
             }
+        }
+    }
+
+    /// The packed weights, if they are.
+    pub fn packed(&self) -> Option<&PackedMatrix> {
+        match self {
+            Linear::Tensor(_) => None,
+            Linear::Packed(weight) => Some(weight),
         }
     }
 

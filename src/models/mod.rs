@@ -14,6 +14,7 @@ pub mod layout;
 pub mod linear;
 pub mod llama;
 pub mod llama4;
+mod packed_block;
 pub mod parameter;
 pub mod rope;
 pub mod routed;

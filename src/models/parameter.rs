@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
-use limbeck_kernels::packed_matmul::{Element, Order, PackedMatrix};
+use limbeck_kernels::packed_matmul::{Element, Numbers, Order, PackedMatrix};
 use rand::SeedableRng;
 use rand_distr::{Distribution, Normal};
 
@@ -29,6 +29,11 @@ pub trait WeightSource: Sync {
     /// Some numbers of each of some rows of the first axis, one after the other.
     fn stored_runs(&self, name: &str, shape: &[usize], rows: Range<usize>, runs: &Runs) -> Result<Stored> {
         Ok(self.stored_rows(name, shape, rows)?.cut(shape[1..].iter().product(), runs))
+    }
+
+    /// What matrices that are packed are multiplied in.
+    fn numbers(&self) -> Numbers {
+        Numbers::F32
     }
 
     /// Memory for matrices that are read from here.
@@ -82,18 +87,26 @@ impl Stored {
     }
 
     /// A matrix of these numbers, to multiply by, in the memory of a spare one if there is one of its size.
-    pub fn pack(self, order: Order, inputs: usize, outputs: usize, spare: Option<&Spare>) -> PackedMatrix {
+    pub fn pack(
+        self,
+        order: Order,
+        inputs: usize,
+        outputs: usize,
+        numbers: Numbers,
+        spare: Option<&Spare>,
+    ) -> PackedMatrix {
         let old = spare.and_then(|spare| spare.take(inputs, outputs));
         match self {
             Stored::Bytes(bytes, element) => {
-                let packed = PackedMatrix::pack_into(old, &bytes, element, order, inputs, outputs);
+                let packed = PackedMatrix::pack_into(old, &bytes, element, order, inputs, outputs, numbers);
                 if let Some(spare) = spare {
                     *unlocked(&spare.bytes) = bytes;
                 }
                 packed
             }
             Stored::Values(values) => {
-                PackedMatrix::pack_into(old, bytemuck::cast_slice(&values), Element::F32, order, inputs, outputs)
+                let bytes = bytemuck::cast_slice(&values);
+                PackedMatrix::pack_into(old, bytes, Element::F32, order, inputs, outputs, numbers)
             }
         }
     }
@@ -138,6 +151,7 @@ fn unlocked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct CheckpointWeights<'a> {
     reader: &'a CheckpointReader,
     prefix: &'static str,
+    numbers: Numbers,
     spare: Option<&'a Spare>,
 }
 
@@ -145,7 +159,12 @@ impl<'a> CheckpointWeights<'a> {
     pub fn new(reader: &'a CheckpointReader) -> Self {
         const PREFIX: &str = "language_model.";
         let prefixed = reader.contains(&format!("{PREFIX}model.embed_tokens.weight"));
-        CheckpointWeights { reader, prefix: if prefixed { PREFIX } else { "" }, spare: None }
+        CheckpointWeights { reader, prefix: if prefixed { PREFIX } else { "" }, numbers: Numbers::F32, spare: None }
+    }
+
+    /// The same weights, to be multiplied in these numbers where they are packed.
+    pub fn in_numbers(self, numbers: Numbers) -> Self {
+        CheckpointWeights { numbers, ..self }
     }
 
     /// The same weights, whose matrices are put into spare memory.
@@ -185,6 +204,10 @@ impl WeightSource for CheckpointWeights<'_> {
         }
         let values = self.load_rows(name, shape, rows)?;
         Ok(Stored::Values(values).cut(shape[1..].iter().product(), runs))
+    }
+
+    fn numbers(&self) -> Numbers {
+        self.numbers
     }
 
     fn spare(&self) -> Option<&Spare> {

@@ -12,6 +12,7 @@ use super::{
     feed_forward::{Mlp, block_name, choose, scores},
     layout::TokenLayout,
     linear::{Linear, Stack, Weights},
+    packed_block,
     parameter::{Spare, WeightSource},
 };
 use crate::error::Result;
@@ -64,7 +65,7 @@ impl RoutedLayer {
             input_norm: norm("input_layernorm")?,
             attention: Attention::load(config, layer, &format!("{prefix}self_attn."), weights)?,
             post_attention_norm: norm("post_attention_layernorm")?,
-            router: weights.linear(&format!("{block}router.weight"), [expert_count, hidden])?,
+            router: weights.exact().linear(&format!("{block}router.weight"), [expert_count, hidden])?,
             shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), weights)?,
             chosen,
             eps: config.rms_norm_eps,
@@ -76,7 +77,7 @@ impl RoutedLayer {
     /// # Shapes
     /// - `hidden` and result `[N, hidden]`
     pub fn attend(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
-        hidden.clone() + self.attention_update(hidden, layout)
+        packed_block::attended(hidden, &self.attention, (&self.input_norm, self.eps), layout)
     }
 
     /// What the attention half adds to the hidden states.
@@ -84,7 +85,7 @@ impl RoutedLayer {
     /// # Shapes
     /// - `hidden` and result `[N, hidden]`
     pub fn attention_update(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
-        self.attention.forward(rms_norm(hidden, self.input_norm.clone(), self.eps), layout)
+        packed_block::attention_update(hidden, &self.attention, (&self.input_norm, self.eps), layout)
     }
 
     /// Where the tokens go, from their hidden states after the attention half.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use burn::tensor::Device;
+use limbeck_kernels::packed_matmul::Numbers;
 
 use super::served;
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     memory,
     models::{Decoder, DecoderConfig, parameter::CheckpointWeights},
     parallel::{Collective, launch},
-    recipe::{Recipe, TeacherMode, TeacherSection},
+    recipe::{Dtype, Recipe, TeacherMode, TeacherSection},
     remote::RemoteTeacher,
     run::RunOptions,
     selection::Selection,
@@ -68,7 +69,10 @@ impl<'a> LiveTeacher<'a> {
             (Some(section), Some(reader)) => Some(TeacherIdentity {
                 name: section.checkpoint.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                 fingerprint: reader.fingerprint()?,
-                dtype: "f32".into(),
+                dtype: match section.dtype {
+                    Dtype::F32 => "f32".into(),
+                    Dtype::Bf16 => "bf16".into(),
+                },
                 in_training: None,
             }),
             (Some(section), None) => Some(match served::finished(section, self.inputs) {
@@ -178,7 +182,16 @@ impl<'a> LiveTeacher<'a> {
                     }
                 }))
             } else {
-                let model = Decoder::load_for_inference(config.clone(), &CheckpointWeights::new(reader), device)?;
+                let numbers = match section.dtype {
+                    Dtype::F32 => Numbers::F32,
+                    Dtype::Bf16 if *device == Device::flex() => Numbers::Bf16,
+                    Dtype::Bf16 => {
+                        let problem = "is `bf16`, in which a teacher computes on the processor alone";
+                        return Err(recipe.error("teacher.dtype", problem, "use `f32`, or run it with --device cpu"));
+                    }
+                };
+                let weights = CheckpointWeights::new(reader).in_numbers(numbers);
+                let model = Decoder::load_for_inference(config.clone(), &weights, device)?;
                 Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
             });
         }

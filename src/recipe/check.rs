@@ -184,8 +184,8 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
             }
             check_mesh(recipe, teacher)?;
             remote_teacher::check(recipe, teacher)?;
-            if teacher.dtype == Dtype::Bf16 {
-                let problem = "is `bf16`, which this version cannot compute in";
+            if teacher.dtype == Dtype::Bf16 && (teacher.mode != TeacherMode::Resident || teacher.mesh.size() > 1) {
+                let problem = "is `bf16`, in which only a resident teacher on one device computes";
                 return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
             }
             if recipe.has_held_out() && !cache.temperatures.contains(&1.0) {

@@ -82,7 +82,7 @@ pub struct TeacherSection {
     /// How the teacher is run: `resident`, or `streamed` where it is larger than memory. Default `resident`.
     #[serde(default)]
     pub mode: TeacherMode,
-    /// The type its weights are computed in. Default `f32`.
+    /// What its matrix products are computed in. Default `f32`.
     #[serde(default)]
     pub dtype: Dtype,
     /// Tokens in one forward pass; at least one whole sequence is always run. Default 4096.

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use limbeck_kernels::packed_matmul::Numbers;
+
 use crate::{
     error::Result,
     models::{
@@ -65,6 +67,10 @@ impl Slices<'_> {
 }
 
 impl WeightSource for Slices<'_> {
+    fn numbers(&self) -> Numbers {
+        self.source.numbers()
+    }
+
     fn load(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.load_rows(name, shape, 0..shape[0])
     }

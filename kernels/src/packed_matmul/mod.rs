@@ -7,10 +7,16 @@
 //!
 //! Weights are laid out once, for this and nothing else: panels of [`PANEL`] output columns, inside of which all
 //! columns of one k lie together. Those that are exact in bfloat16 take two bytes each; widening them is exact.
+//!
+//! Matrices [packed for bfloat16](PackedMatrix::rounded) are another definition, faster where the processor has products
+//! of bfloat16: weights and rows are rounded to it, pairs of products are added to a chain in f32, the second of the pair
+//! first, and a block is 2 [`K_BLOCK`] products. A product of two such numbers is exact, so each step rounds once.
+//! (Numbers below 1.2e-38, the smallest normal one, count as zero for some instruction sets and not for others.)
 
 mod host;
 mod instructions;
 mod pack;
+mod rounding;
 mod tiles;
 
 #[cfg(target_arch = "x86_64")]
@@ -24,7 +30,19 @@ pub use instructions::Instructions;
 pub use pack::{Element, Order};
 pub use tiles::{K_BLOCK, PANEL};
 
-use tiles::Line;
+pub(crate) use rounding::nearest;
+pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, RowTiles, TileRows, product};
+
+/// What rows are multiplied in. Sums are f32 in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Numbers {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16, and the weights with them.
+    Bf16,
+}
 
 /// The weights of one linear map, laid out for [`multiply`].
 #[derive(Debug, Clone)]
@@ -32,6 +50,8 @@ pub struct PackedMatrix {
     inputs: usize,
     outputs: usize,
     panels: Panels,
+    /// What rows are multiplied in; bf16 only with panels of that.
+    rows: Numbers,
 }
 
 /// Panels one after the other. The last one's missing columns are zeros.
@@ -57,6 +77,11 @@ impl PackedMatrix {
     /// Whether the weights take two bytes each.
     pub fn is_bf16(&self) -> bool {
         matches!(self.panels, Panels::Bf16(_))
+    }
+
+    /// What rows are multiplied in.
+    pub fn numbers(&self) -> Numbers {
+        self.rows
     }
 
     /// Bytes of memory that the weights take.

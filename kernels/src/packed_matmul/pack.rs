@@ -4,7 +4,8 @@ use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use super::{
-    PackedMatrix, Panels,
+    Numbers, PackedMatrix, Panels,
+    rounding::nearest,
     tiles::{Line, PANEL},
 };
 
@@ -167,7 +168,8 @@ impl Stored<'_> {
 impl Stored<'_> {
     fn bf16_panels(&self, spare: Vec<Line<u32>>) -> Vec<Line<u32>> {
         self.panels(2, spare, |two| {
-            std::array::from_fn(|column| two[0][column].to_bits() >> 16 | two[1][column].to_bits())
+            // Of numbers that are exact in bfloat16 this is the number itself.
+            std::array::from_fn(|column| nearest(two[0][column]) | nearest(two[1][column]) << 16)
         })
     }
 }
@@ -179,7 +181,15 @@ impl PackedMatrix {
     /// # Panics
     /// When `bytes` are not those of a matrix of this size, or a side is 0.
     pub fn pack(bytes: &[u8], element: Element, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
-        Self::pack_into(None, bytes, element, order, inputs, outputs)
+        Self::pack_into(None, bytes, element, order, inputs, outputs, Numbers::F32)
+    }
+
+    /// [`pack`](Self::pack) of weights that are rounded to bfloat16, for rows that are.
+    ///
+    /// # Panics
+    /// As [`pack`](Self::pack).
+    pub fn rounded(bytes: &[u8], element: Element, order: Order, inputs: usize, outputs: usize) -> PackedMatrix {
+        Self::pack_into(None, bytes, element, order, inputs, outputs, Numbers::Bf16)
     }
 
     /// [`pack`](Self::pack) into the memory of a matrix that is not needed any more, if it is enough. Memory that is new
@@ -194,11 +204,12 @@ impl PackedMatrix {
         order: Order,
         inputs: usize,
         outputs: usize,
+        numbers: Numbers,
     ) -> PackedMatrix {
         assert!(inputs > 0 && outputs > 0, "a matrix of {inputs} inputs and {outputs} outputs");
         assert_eq!(bytes.len(), inputs * outputs * element.bytes(), "the bytes of {inputs} x {outputs} {element:?}");
         let stored = Stored { bytes, element, order, inputs, outputs };
-        let fits = element.fits_bf16(bytes);
+        let fits = numbers == Numbers::Bf16 || element.fits_bf16(bytes);
         // What is of the other kind is given back before new memory is taken.
         let panels = match (fits, spare.map(|matrix| matrix.panels)) {
             (true, Some(Panels::Bf16(lines))) => Panels::Bf16(stored.bf16_panels(lines)),
@@ -212,7 +223,7 @@ impl PackedMatrix {
                 Panels::F32(stored.panels(1, Vec::new(), |one| one[0]))
             }
         };
-        PackedMatrix { inputs, outputs, panels }
+        PackedMatrix { inputs, outputs, panels, rows: numbers }
     }
 
     /// [`pack`](Self::pack) of numbers in memory.

@@ -5,12 +5,13 @@
 
 use rayon::prelude::*;
 
-use super::{Instructions, PackedMatrix, Panels};
+use super::{Instructions, Numbers, PackedMatrix, Panels, rounding::round_pairs};
 
 /// Output columns that lie beside each other in memory.
 pub const PANEL: usize = 32;
 
-/// Products that are summed in one chain. Part of the definition of the result, as the order is.
+/// Products that are summed in one chain, or pairs of them where rows are rounded to bfloat16. Part of the definition of
+/// the result, as the order is.
 pub const K_BLOCK: usize = 256;
 
 /// The most rows of any instruction set's tile.
@@ -19,16 +20,28 @@ pub const MAX_TILE_ROWS: usize = 14;
 /// A little more than a block, so that rows of a tile do not all fall into the same set of the first-level cache.
 const ROW_STRIDE: usize = K_BLOCK + 16;
 
-/// One block of k of the rows of a tile.
+/// One block of k of the rows of a tile: f32, or the bits of two bfloat16 in each number.
 pub type TileRows = [[f32; ROW_STRIDE]; MAX_TILE_ROWS];
 
 /// One block's sums of a tile.
 pub type Sums = [[f32; PANEL]; MAX_TILE_ROWS];
 
+pub const NO_TILE: TileRows = [[0.0; ROW_STRIDE]; MAX_TILE_ROWS];
+pub const NO_SUMS: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
+
 /// The weights of one panel at one k (f32) or two (bf16, the first in the lower half of each number).
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Line<T>(pub [T; PANEL]);
+
+// SAFETY: an array of 128 bytes at an alignment that divides them, so that there is nothing but the numbers.
+unsafe impl bytemuck::Zeroable for Line<f32> {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line<f32> {}
+// SAFETY: as above.
+unsafe impl bytemuck::Zeroable for Line<u32> {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line<u32> {}
 
 pub type HalfLine<T> = [T; PANEL / 2];
 
@@ -49,18 +62,63 @@ pub enum Slice<'a> {
         pairs: &'a [Line<u32>],
         odd: Option<&'a Line<u32>>,
     },
+    /// The rows are in bfloat16 too, two to a number.
+    Rounded(&'a [Line<u32>]),
+}
+
+/// All k of a panel.
+#[derive(Debug, Clone, Copy)]
+pub enum Panel<'a> {
+    F32(&'a [Line<f32>]),
+    /// Two k a line, of so many, for rows in f32.
+    Bf16(&'a [Line<u32>], usize),
+    /// The same, for rows in bfloat16.
+    Rounded(&'a [Line<u32>]),
+}
+
+impl<'a> Panel<'a> {
+    /// Lines of f32, or of pairs for rows in bfloat16.
+    pub(crate) fn of(lines: &'a [Line<f32>], numbers: Numbers) -> Self {
+        match numbers {
+            Numbers::F32 => Panel::F32(lines),
+            Numbers::Bf16 => Panel::Rounded(bytemuck::cast_slice(lines)),
+        }
+    }
+
+    /// Products `block * numbers.k_block()..`
+    #[inline(always)]
+    fn slice(self, block: usize) -> Slice<'a> {
+        match self {
+            Panel::F32(lines) => Slice::F32(&lines[block * K_BLOCK..lines.len().min((block + 1) * K_BLOCK)]),
+            Panel::Bf16(lines, inputs) => {
+                let (first, last) = (block * K_BLOCK, inputs.min((block + 1) * K_BLOCK));
+                let (pairs, odd) = lines[first / 2..last.div_ceil(2)].split_at((last - first) / 2);
+                Slice::Bf16 { pairs, odd: odd.first() }
+            }
+            Panel::Rounded(lines) => Slice::Rounded(&lines[block * K_BLOCK..lines.len().min((block + 1) * K_BLOCK)]),
+        }
+    }
+
+    fn blocks(self) -> usize {
+        match self {
+            Panel::F32(lines) => lines.len().div_ceil(K_BLOCK),
+            Panel::Bf16(_, inputs) => inputs.div_ceil(K_BLOCK),
+            Panel::Rounded(lines) => lines.len().div_ceil(K_BLOCK),
+        }
+    }
 }
 
 impl PackedMatrix {
-    /// Products `block * K_BLOCK..` of a panel.
-    fn slice(&self, panel: usize, block: usize) -> Slice<'_> {
-        let (first, last) = (block * K_BLOCK, self.inputs.min((block + 1) * K_BLOCK));
+    pub(crate) fn panel(&self, panel: usize) -> Panel<'_> {
         match &self.panels {
-            Panels::F32(lines) => Slice::F32(&lines[panel * self.inputs..][first..last]),
+            Panels::F32(lines) => Panel::F32(&lines[panel * self.inputs..][..self.inputs]),
             Panels::Bf16(lines) => {
-                let panel = &lines[panel * self.inputs.div_ceil(2)..][first / 2..last.div_ceil(2)];
-                let (pairs, odd) = panel.split_at((last - first) / 2);
-                Slice::Bf16 { pairs, odd: odd.first() }
+                let pairs = self.inputs.div_ceil(2);
+                let lines = &lines[panel * pairs..][..pairs];
+                match self.rows {
+                    Numbers::F32 => Panel::Bf16(lines, self.inputs),
+                    Numbers::Bf16 => Panel::Rounded(lines),
+                }
             }
         }
     }
@@ -115,14 +173,14 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
     // Tiles of nearly equal height: 16 rows are 8 and 8, not 14 and 2.
     let height = task.output.len().div_ceil(task.output.len().div_ceil(most));
     let panels = task.output[0].len().div_ceil(PANEL);
-    let blocks = inputs.div_ceil(K_BLOCK);
+    let blocks = weights.panel(0).blocks();
     let mut tile = [[0.0; ROW_STRIDE]; MAX_TILE_ROWS];
     if task.output.len() <= height {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels {
             for block in 0..blocks {
-                let count = copy_rows(&mut tile, task.rows, inputs, block);
-                let slice = weights.slice(task.first_panel + panel, block);
+                let count = copy_rows(&mut tile, task.rows, inputs, block, weights.rows);
+                let slice = weights.panel(task.first_panel + panel).slice(block);
                 instructions.add_tile(count, &tile, slice, &mut task.output, panel * PANEL, block == 0);
             }
         }
@@ -130,9 +188,9 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
     }
     for block in 0..blocks {
         for (rows, output) in task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height)) {
-            let count = copy_rows(&mut tile, rows, inputs, block);
+            let count = copy_rows(&mut tile, rows, inputs, block, weights.rows);
             for panel in 0..panels {
-                let slice = weights.slice(task.first_panel + panel, block);
+                let slice = weights.panel(task.first_panel + panel).slice(block);
                 instructions.add_tile(count, &tile, slice, output, panel * PANEL, block == 0);
             }
         }
@@ -140,12 +198,108 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
 }
 
 /// Brings one block of k of some rows together; how many rows there are.
-fn copy_rows(tile: &mut TileRows, rows: &[f32], inputs: usize, block: usize) -> usize {
-    let (first, last) = (block * K_BLOCK, inputs.min((block + 1) * K_BLOCK));
+fn copy_rows(tile: &mut TileRows, rows: &[f32], inputs: usize, block: usize, numbers: Numbers) -> usize {
+    let length = numbers.k_block();
+    let (first, last) = (block * length, inputs.min((block + 1) * length));
     for (to, from) in tile.iter_mut().zip(rows.chunks(inputs)) {
-        to[..last - first].copy_from_slice(&from[first..last]);
+        numbers.write(&from[first..last], to);
     }
     rows.len() / inputs
+}
+
+impl Numbers {
+    /// Products of a block.
+    pub(crate) fn k_block(self) -> usize {
+        match self {
+            Numbers::F32 => K_BLOCK,
+            Numbers::Bf16 => 2 * K_BLOCK,
+        }
+    }
+
+    /// Writes numbers as the rows of a tile have them. An odd one is the first of a pair with zero.
+    #[inline(always)]
+    pub(crate) fn write(self, values: &[f32], row: &mut [f32]) {
+        match self {
+            Numbers::F32 => row[..values.len()].copy_from_slice(values),
+            Numbers::Bf16 => round_pairs(values, &mut row[..values.len().div_ceil(2)]),
+        }
+    }
+}
+
+/// Rows laid out for products with any number of panels.
+///
+/// Tiles of nearly equal height, each with its blocks of k one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct RowTiles {
+    tiles: Vec<TileRows>,
+    numbers: Numbers,
+    rows: usize,
+    height: usize,
+    blocks: usize,
+}
+
+impl RowTiles {
+    /// Makes room for rows, whatever was here before; all of their numbers must be written.
+    pub(crate) fn resize(&mut self, instructions: Instructions, numbers: Numbers, rows: usize, inputs: usize) {
+        self.height = rows.div_ceil(rows.div_ceil(instructions.tile_rows()).max(1)).max(1);
+        self.blocks = inputs.div_ceil(numbers.k_block());
+        (self.numbers, self.rows) = (numbers, rows);
+        let count = rows.div_ceil(self.height) * self.blocks;
+        if self.tiles.len() < count {
+            self.tiles.resize(count, [[0.0; ROW_STRIDE]; MAX_TILE_ROWS]);
+        }
+    }
+
+    /// Numbers `column..` of a row. They stay inside a block of k, and begin with a pair.
+    #[inline(always)]
+    pub(crate) fn write(&mut self, row: usize, column: usize, values: &[f32]) {
+        let length = self.numbers.k_block();
+        let tile = &mut self.tiles[row / self.height * self.blocks + column / length][row % self.height];
+        let place = match self.numbers {
+            Numbers::F32 => column % length,
+            Numbers::Bf16 => column % length / 2,
+        };
+        self.numbers.write(values, &mut tile[place..]);
+    }
+
+    /// All numbers of a row.
+    pub(crate) fn write_row(&mut self, row: usize, values: &[f32]) {
+        let length = self.numbers.k_block();
+        for (block, values) in values.chunks(length).enumerate() {
+            self.write(row, block * length, values);
+        }
+    }
+
+    pub(crate) fn tile_count(&self) -> usize {
+        self.rows.div_ceil(self.height)
+    }
+
+    /// The first row of a tile, and their number.
+    pub(crate) fn rows_of(&self, tile: usize) -> (usize, usize) {
+        let first = tile * self.height;
+        (first, self.height.min(self.rows - first))
+    }
+
+    /// The products of a tile's rows with a panel.
+    #[inline(always)]
+    pub(crate) fn product(&self, instructions: Instructions, tile: usize, panel: Panel<'_>, sums: &mut Sums) {
+        let (_, count) = self.rows_of(tile);
+        product(instructions, count, &self.tiles[tile * self.blocks..][..self.blocks], panel, sums);
+    }
+}
+
+/// The products of `count` rows with a panel; `tiles` are the rows' blocks of k.
+#[inline(always)]
+pub(crate) fn product(
+    instructions: Instructions,
+    count: usize,
+    tiles: &[TileRows],
+    panel: Panel<'_>,
+    sums: &mut Sums,
+) {
+    for (block, tile) in tiles.iter().take(panel.blocks()).enumerate() {
+        instructions.sum_tile(count, tile, panel.slice(block), sums, block == 0);
+    }
 }
 
 /// Puts a block's sums where they belong, or adds them to what earlier blocks came to.
@@ -158,6 +312,17 @@ pub fn add_sums(sums: &Sums, output: &mut [&mut [f32]], column: usize, first: bo
             Some(row) => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
             None if first => row.iter_mut().zip(sums).for_each(|(place, sum)| *place = *sum),
             None => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
+        }
+    }
+}
+
+/// [`add_sums`] of whole panels.
+#[inline(always)]
+pub fn join_sums(sums: &Sums, output: &mut [[f32; PANEL]], first: bool) {
+    for (sums, row) in sums.iter().zip(output) {
+        match first {
+            true => *row = *sums,
+            false => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
         }
     }
 }

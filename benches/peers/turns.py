@@ -1,0 +1,97 @@
+"""Programs that take turns: how limbeck and PyTorch are compared on a machine that has other things to do.
+
+limbeck runs as a process that computes once for each line it is sent (`throughput -- ... --turns`), PyTorch in this one.
+A round is one run of each, one right after the other; the ratio of a round is PyTorch's time over limbeck's, and the
+result the median of the rounds. Times by the clock and of the processor (user and system, all threads) are both given:
+on a machine that is shared the second says more, on a quiet one the first is what a user sees.
+"""
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+
+def bench_binary(name="throughput"):
+    """Builds a bench and gives the path of its program."""
+    build = ["cargo", "bench", "--workspace", "--no-run", "--bench", name]
+    found = subprocess.run(build, capture_output=True, text=True, cwd=os.path.join(os.path.dirname(__file__), "../.."))
+    if found.returncode != 0:
+        sys.exit(found.stderr)
+    return re.search(r"Executable \S+ \((.*)\)", found.stderr).group(1)
+
+
+def processor_seconds():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+class Limbeck:
+    """One process of limbeck that waits for its turns."""
+
+    def __init__(self, *arguments, binary=None, threads=2):
+        environment = dict(os.environ, RAYON_NUM_THREADS=str(threads))
+        command = [binary or bench_binary(), *map(str, arguments), "--turns"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd="/"
+        )
+        while (line := self.process.stdout.readline()) != "ready\n":
+            if not line:
+                sys.exit(f"{command} ended before it was ready")
+
+    def run(self, what=""):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        clock, processor = map(float, self.process.stdout.readline().split())
+        return clock, processor
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def timed(work):
+    clock, processor = time.perf_counter(), processor_seconds()
+    work()
+    return time.perf_counter() - clock, processor_seconds() - processor
+
+
+def rounds(sides, count):
+    """`sides` maps names to functions that give (clock, processor) seconds; every other round goes backwards."""
+    seconds = {name: [] for name in sides}
+    for number in range(count):
+        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            seconds[name].append(sides[name]())
+    return seconds
+
+
+def ratio(seconds, ours, theirs, which):
+    """Median over the rounds of their time over ours: 0 by the clock, 1 of the processor."""
+    pairs = zip(seconds[ours], seconds[theirs])
+    return statistics.median(their[which] / our[which] for our, their in pairs)
+
+
+def report(what, seconds, amount, pairs, results=None):
+    """Prints one line of JSON; True where all targets are met. `pairs` has (ours, theirs, target)."""
+    met, lines = True, []
+    for ours, theirs, target in pairs:
+        by_clock, by_processor = (ratio(seconds, ours, theirs, which) for which in (0, 1))
+        met &= max(by_clock, by_processor) >= target if os.getloadavg()[0] > 3 else by_clock >= target
+        lines.append(dict(limbeck=ours, peer=theirs, clock=round(by_clock, 3), processor=round(by_processor, 3),
+                          target=target))
+    rates = {
+        name: dict(
+            per_second=round(amount / statistics.median(run[0] for run in runs), 1),
+            per_processor_second=round(amount / statistics.median(run[1] for run in runs), 1),
+        )
+        for name, runs in seconds.items()
+    }
+    line = json.dumps(dict(what=what, ratios=lines, rates=rates, load=round(os.getloadavg()[0], 1), met=met))
+    print(line)
+    if results:
+        with open(results, "a") as file:
+            file.write(line + "\n")
+    return met

@@ -1,0 +1,107 @@
+//! A teacher whose products are computed in bfloat16: how far its targets are from those in f32, and what holds all the
+//! same.
+
+mod small_run;
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use limbeck::{
+    cache::CacheReader,
+    checkpoint::CheckpointReader,
+    fidelity,
+    models::{Decoder, parameter::CheckpointWeights, read_config},
+    precompute,
+    selection::Selection,
+    targets::{PackedSequence, SparseTargets},
+    teacher::ResidentTeacher,
+};
+use limbeck_kernels::packed_matmul::Numbers;
+use small_run::SmallRun;
+
+fn teacher(name: &str, numbers: Numbers, top_k: usize) -> ResidentTeacher {
+    let reader = CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap();
+    let config = read_config(reader.config_path(), reader.config()).unwrap();
+    let weights = CheckpointWeights::new(&reader).in_numbers(numbers);
+    let model = Decoder::load_for_inference(config, &weights, &Device::flex()).unwrap();
+    ResidentTeacher::new(model, Selection::TopK { k: top_k }, &[1.0]).unwrap()
+}
+
+fn sequences(vocab: usize) -> Vec<PackedSequence> {
+    let id = |n: usize| ((n as u32).wrapping_mul(2_654_435_761) >> 8) % vocab as u32;
+    let sequence = |number: usize| PackedSequence {
+        tokens: (0..49).map(|t| id(number * 100 + t)).collect(),
+        segments: vec![0; 49],
+    };
+    (0..4).map(sequence).collect()
+}
+
+/// Mean and largest KL from `truth`, over the ids of both and everything else.
+fn divergence(truth: &[SparseTargets], found: &[SparseTargets]) -> (f64, f64) {
+    let (mut sum, mut worst, mut rows) = (0.0, 0.0f64, 0);
+    for (truth, found) in truth.iter().zip(found) {
+        for row in 0..truth.row_count() {
+            let outcomes = |targets: &SparseTargets| {
+                let range = targets.offsets[row] as usize..targets.offsets[row + 1] as usize;
+                let ids = targets.ids[range.clone()].iter().copied();
+                ids.zip(targets.captures[0].log_probs[range].iter().map(|&p| p as f64)).collect::<Vec<(u32, f64)>>()
+            };
+            let other = outcomes(found);
+            let both: Vec<(f64, f64)> = outcomes(truth)
+                .into_iter()
+                .filter_map(|(id, p)| other.iter().find(|(other, _)| *other == id).map(|&(_, q)| (p, q)))
+                .collect();
+            let rest = |pick: fn(&(f64, f64)) -> f64| (1.0 - both.iter().map(|pair| pick(pair).exp()).sum::<f64>()).max(1e-9);
+            let (p, q) = (rest(|pair| pair.0), rest(|pair| pair.1));
+            let kl = both.iter().map(|(p, q)| p.exp() * (p - q)).sum::<f64>() + p * (p / q).ln();
+            (sum, worst, rows) = (sum + kl, worst.max(kl), rows + 1);
+        }
+    }
+    (sum / rows as f64, worst)
+}
+
+#[test]
+fn targets_in_bfloat16_are_within_the_stated_divergence_of_those_in_f32() {
+    for name in ["smollm2_tiny", "llama3_tiny", "qwen3_tiny", "mistral_tiny", "llama4/scout_tiny"] {
+        let [exact, rounded] = [Numbers::F32, Numbers::Bf16].map(|numbers| {
+            let teacher = teacher(name, numbers, 64);
+            teacher.targets(&sequences(teacher.model().config.vocab_size), 0).unwrap()
+        });
+        let (mean, worst) = divergence(&exact, &rounded);
+        assert!(mean < 2e-4 && worst < 5e-3, "{name}: mean {mean:e}, at most {worst:e}");
+        assert_ne!(exact[0].captures[0].log_probs, rounded[0].captures[0].log_probs, "{name}: rounding shows");
+    }
+}
+
+#[test]
+fn a_row_in_bfloat16_has_the_same_bits_in_any_batch_and_on_any_number_of_threads() {
+    let teacher = teacher("smollm2_tiny", Numbers::Bf16, 16);
+    let sequences = sequences(teacher.model().config.vocab_size);
+    let on = |threads: usize, part: &[PackedSequence]| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| teacher.targets(part, 0).unwrap())
+    };
+    let whole = on(1, &sequences);
+    for threads in [1, 2, 3] {
+        assert_eq!(on(threads, &sequences), whole);
+        for (sequence, wanted) in sequences.iter().zip(&whole) {
+            assert_eq!(on(threads, std::slice::from_ref(sequence))[0], *wanted);
+        }
+    }
+}
+
+#[test]
+fn a_cache_says_that_its_teacher_computed_in_bfloat16_and_is_close_to_one_in_f32() {
+    let run = SmallRun::new();
+    let recipe = run.recipe(&["teacher.dtype=bf16"]);
+    let caches = precompute::run(&recipe, &run.options("run")).unwrap();
+    let train = CacheReader::open(&caches.join("train")).unwrap();
+    let settings = &train.manifest().settings;
+    assert_eq!(settings.soft_targets.as_ref().unwrap().teacher.dtype, "bf16");
+    let checkpoint = recipe.teacher_checkpoint().unwrap();
+    let found = fidelity::compare(&train, checkpoint, &Device::flex(), 4).unwrap();
+    assert!(found.same_teacher);
+    let capture = &found.captures[0];
+    assert!(capture.kl > 0.0 && capture.kl < 2e-4, "{}", capture.kl);
+    assert!(capture.log_prob_error < 0.05, "{}", capture.log_prob_error);
+}
