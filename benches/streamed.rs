@@ -29,6 +29,7 @@ use limbeck::{
     targets::PackedSequence,
     teacher::{ResidentTeacher, Spill, StreamSettings, StreamedTeacher},
 };
+use limbeck_kernels::packed_matmul::Numbers;
 use rayon::prelude::*;
 
 /// Tokens of one forward pass in either mode.
@@ -224,6 +225,7 @@ fn streamed(
     let memory = (memory_mib as u64) << 20;
     let settings = StreamSettings {
         memory,
+        numbers: Numbers::F32,
         // As the program counts them: itself, and what grows beside the teacher.
         taken: vec![("the program", (resident_mib() << 20) + (32 << 20) + memory / 16)],
         batch_tokens: BATCH_TOKENS as u64,

@@ -90,14 +90,7 @@ fn take_turns(mut run: impl FnMut(&str) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-fn teacher(
-    model: Decoder,
-    ids: Vec<u32>,
-    batch: usize,
-    sequence: usize,
-    top_k: usize,
-    turns: bool,
-) -> Result<()> {
+fn teacher(model: Decoder, ids: Vec<u32>, batch: usize, sequence: usize, top_k: usize, turns: bool) -> Result<()> {
     let teacher = ResidentTeacher::new(model, Selection::TopK { k: top_k }, &[1.0])?;
     let sequences: Vec<PackedSequence> = (0..batch)
         .map(|number| {

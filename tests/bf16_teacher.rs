@@ -4,6 +4,7 @@
 mod small_run;
 
 use std::path::Path;
+use std::sync::{Arc, atomic::AtomicBool};
 
 use burn::tensor::Device;
 use limbeck::{
@@ -14,13 +15,14 @@ use limbeck::{
     precompute,
     selection::Selection,
     targets::{PackedSequence, SparseTargets},
-    teacher::ResidentTeacher,
+    teacher::{ResidentTeacher, Spill, StreamSettings, StreamedTeacher},
 };
 use limbeck_kernels::packed_matmul::Numbers;
 use small_run::SmallRun;
 
 fn teacher(name: &str, numbers: Numbers, top_k: usize) -> ResidentTeacher {
-    let reader = CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap();
+    let reader =
+        CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap();
     let config = read_config(reader.config_path(), reader.config()).unwrap();
     let weights = CheckpointWeights::new(&reader).in_numbers(numbers);
     let model = Decoder::load_for_inference(config, &weights, &Device::flex()).unwrap();
@@ -51,7 +53,8 @@ fn divergence(truth: &[SparseTargets], found: &[SparseTargets]) -> (f64, f64) {
                 .into_iter()
                 .filter_map(|(id, p)| other.iter().find(|(other, _)| *other == id).map(|&(_, q)| (p, q)))
                 .collect();
-            let rest = |pick: fn(&(f64, f64)) -> f64| (1.0 - both.iter().map(|pair| pick(pair).exp()).sum::<f64>()).max(1e-9);
+            let rest =
+                |pick: fn(&(f64, f64)) -> f64| (1.0 - both.iter().map(|pair| pick(pair).exp()).sum::<f64>()).max(1e-9);
             let (p, q) = (rest(|pair| pair.0), rest(|pair| pair.1));
             let kl = both.iter().map(|(p, q)| p.exp() * (p - q)).sum::<f64>() + p * (p / q).ln();
             (sum, worst, rows) = (sum + kl, worst.max(kl), rows + 1);
@@ -87,6 +90,47 @@ fn a_row_in_bfloat16_has_the_same_bits_in_any_batch_and_on_any_number_of_threads
         for (sequence, wanted) in sequences.iter().zip(&whole) {
             assert_eq!(on(threads, std::slice::from_ref(sequence))[0], *wanted);
         }
+    }
+}
+
+#[test]
+fn a_streamed_teacher_in_bfloat16_gives_what_the_resident_one_does() {
+    for name in ["smollm2_tiny", "llama4/scout_tiny"] {
+        let resident = teacher(name, Numbers::Bf16, 16);
+        let sequences = sequences(resident.model().config.vocab_size);
+        let wanted = resident.targets(&sequences, 0).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let reader = CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name));
+        let settings = StreamSettings {
+            memory: 1 << 30,
+            numbers: Numbers::Bf16,
+            taken: vec![],
+            batch_tokens: 96,
+            sweep_tokens: Some(96),
+            spill: Spill::Never,
+            spill_dir: folder.path().to_path_buf(),
+        };
+        let mut streamed = StreamedTeacher::new(
+            resident.model().config.clone(),
+            Arc::new(reader.unwrap()),
+            &Device::flex(),
+            Selection::TopK { k: 16 },
+            &[1.0],
+            48,
+            settings,
+        )
+        .unwrap();
+        let mut found = vec![];
+        for (first, pair) in sequences.chunks(2).enumerate() {
+            let numbered: Vec<(u64, &PackedSequence)> =
+                pair.iter().enumerate().map(|(place, sequence)| ((2 * first + place) as u64, sequence)).collect();
+            let mut give = |_, targets| {
+                found.push(targets);
+                Ok(())
+            };
+            assert!(streamed.targets(&numbered, false, &AtomicBool::new(false), &mut give).unwrap());
+        }
+        assert_eq!(found, wanted, "{name}");
     }
 }
 

@@ -343,10 +343,6 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
             "`teacher.spill` is for a teacher that is streamed, and this one is not; remove it, or use \
              teacher.mode = \"streamed\"",
         ),
-        (
-            "teacher={checkpoint=\"t\",dtype=\"bf16\",mode=\"streamed\"}",
-            "`teacher.dtype` is `bf16`, in which only a resident teacher on one device computes; use `f32`",
-        ),
         ("cache.top_k=0", "`cache.top_k` is 0; keep at least 1 id per prediction"),
         (
             "cache.selection={ kind = \"min_prob\", theta = 0 }",

@@ -16,6 +16,7 @@ use limbeck::parallel::Mesh;
 use limbeck::precompute;
 use limbeck::selection::Selection;
 use limbeck::teacher::{ResidentTeacher, ShardSettings, ShardedTeacher, Spill, StreamCounts, StreamSettings};
+use limbeck_kernels::packed_matmul::Numbers;
 use sharded_run::*;
 use small_run::*;
 
@@ -24,6 +25,7 @@ const STREAMED: &str = "teacher.mode=streamed";
 
 fn stream_settings(memory: u64, spill_dir: &Path) -> StreamSettings {
     StreamSettings {
+        numbers: Numbers::F32,
         memory,
         taken: vec![],
         batch_tokens: 96,

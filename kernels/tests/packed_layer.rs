@@ -80,8 +80,15 @@ impl Block {
         let Heads { query_heads, key_heads, head_dim } = case.heads;
         let (query, key) = (query_heads * head_dim, key_heads * head_dim);
         let tokens = case.length * case.sequences;
-        let sizes =
-            [(HIDDEN, query), (HIDDEN, key), (HIDDEN, key), (query, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)];
+        let sizes = [
+            (HIDDEN, query),
+            (HIDDEN, key),
+            (HIDDEN, key),
+            (query, HIDDEN),
+            (HIDDEN, INNER),
+            (HIDDEN, INNER),
+            (INNER, HIDDEN),
+        ];
         let mut seed = 0;
         let matrices = sizes.map(|(inputs, outputs)| {
             seed += 1;
@@ -168,14 +175,19 @@ impl Block {
         let after = hidden.iter().enumerate().flat_map(|(token, row)| {
             let mixed: Vec<f64> = (0..query_heads)
                 .flat_map(|head| {
-                    let of = |rows: &[Vec<f64>], token: usize, head: usize| rows[token][head * head_dim..][..head_dim].to_vec();
+                    let of = |rows: &[Vec<f64>], token: usize, head: usize| {
+                        rows[token][head * head_dim..][..head_dim].to_vec()
+                    };
                     let key_head = head / (query_heads / key_heads);
                     let seen = self.ranges.first_key[token] as usize..token + 1;
                     let query = of(&queries, token, head);
-                    let scores: Vec<f64> = seen.clone().map(|t| {
-                        let key = of(&keys, t, key_head);
-                        key.iter().zip(&query).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()
-                    }).collect();
+                    let scores: Vec<f64> = seen
+                        .clone()
+                        .map(|t| {
+                            let key = of(&keys, t, key_head);
+                            key.iter().zip(&query).map(|(a, b)| a * b).sum::<f64>() / (head_dim as f64).sqrt()
+                        })
+                        .collect();
                     let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                     let total: f64 = scores.iter().map(|s| (s - most).exp()).sum();
                     let mut mixed = vec![0.0; head_dim];

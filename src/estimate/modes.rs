@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use limbeck_kernels::packed_matmul::Numbers;
+
 use super::hardware::Hardware;
 use super::work::{TeacherWork, WeightType};
 use crate::models::DecoderConfig;
@@ -125,6 +127,7 @@ fn on_the_processor(mut estimate: Estimate, job: &Job<'_>, hardware: &Hardware, 
             let memory = job.memory.unwrap_or(usable);
             let settings = StreamSettings {
                 memory: memory as u64,
+                numbers: Numbers::F32,
                 taken: vec![("the program", PROGRAM + memory as u64 / 16), ("a shard in the making", job.shard.0)],
                 batch_tokens: job.batch_tokens,
                 sweep_tokens: None,

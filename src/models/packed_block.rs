@@ -43,12 +43,7 @@ pub(super) fn block(
 ///
 /// # Shapes
 /// - `hidden` and result `[N, hidden]`
-pub(super) fn attended(
-    hidden: Tensor<2>,
-    attention: &Attention,
-    norm: Norm<'_>,
-    layout: &TokenLayout,
-) -> Tensor<2> {
+pub(super) fn attended(hidden: Tensor<2>, attention: &Attention, norm: Norm<'_>, layout: &TokenLayout) -> Tensor<2> {
     match packed_attention(hidden, attention, norm, layout, Outcome::Added) {
         Ok(hidden) => hidden,
         Err(hidden) => hidden.clone() + attention.forward(rms_norm(hidden, norm.0.clone(), norm.1), layout),

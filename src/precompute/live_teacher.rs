@@ -165,6 +165,10 @@ impl<'a> LiveTeacher<'a> {
             };
             let selection = recipe.cache.selection();
             let temperatures: Vec<f32> = recipe.cache.temperatures.iter().map(|&t| t as f32).collect();
+            if section.dtype == Dtype::Bf16 && *device != Device::flex() {
+                let problem = "is `bf16`, in which a teacher computes on the processor alone";
+                return Err(recipe.error("teacher.dtype", problem, "use `f32`, or run it with --device cpu"));
+            }
             self.teacher = Some(if section.mode == TeacherMode::Streamed && section.mesh.size() == 1 {
                 let settings = stream_settings(recipe, section, &inputs.plan.run_dir, 1)?;
                 let (config, reader, seq_len) = (config.clone(), reader.clone(), recipe.data.seq_len);
@@ -182,20 +186,20 @@ impl<'a> LiveTeacher<'a> {
                     }
                 }))
             } else {
-                let numbers = match section.dtype {
-                    Dtype::F32 => Numbers::F32,
-                    Dtype::Bf16 if *device == Device::flex() => Numbers::Bf16,
-                    Dtype::Bf16 => {
-                        let problem = "is `bf16`, in which a teacher computes on the processor alone";
-                        return Err(recipe.error("teacher.dtype", problem, "use `f32`, or run it with --device cpu"));
-                    }
-                };
-                let weights = CheckpointWeights::new(reader).in_numbers(numbers);
+                let weights = CheckpointWeights::new(reader).in_numbers(numbers_of(section));
                 let model = Decoder::load_for_inference(config.clone(), &weights, device)?;
                 Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
             });
         }
         Ok(self.teacher.as_mut().expect("just loaded"))
+    }
+}
+
+/// What a teacher's matrices are multiplied in.
+fn numbers_of(section: &TeacherSection) -> Numbers {
+    match section.dtype {
+        Dtype::F32 => Numbers::F32,
+        Dtype::Bf16 => Numbers::Bf16,
     }
 }
 
@@ -220,6 +224,7 @@ pub(super) fn shard_settings(
         device: device.clone(),
         selection: recipe.cache.selection(),
         temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+        numbers: numbers_of(section),
         batch_sequences: (section.batch_tokens as usize / recipe.data.seq_len).max(1),
         streaming,
     })
@@ -238,6 +243,7 @@ fn stream_settings(recipe: &Recipe, section: &TeacherSection, run_dir: &Path, pa
     let shard = recipe.shard_bytes(recipe.cache.selection().most_ids() as u64);
     Ok(StreamSettings {
         memory: memory / parts,
+        numbers: numbers_of(section),
         // Buffers of the text and of what the allocator keeps come to that.
         taken: vec![
             ("the program", (own + OWN_GROWTH + memory / 16) / parts),

@@ -184,9 +184,9 @@ fn check_teacher_and_cache(recipe: &Recipe) -> Result<()> {
             }
             check_mesh(recipe, teacher)?;
             remote_teacher::check(recipe, teacher)?;
-            if teacher.dtype == Dtype::Bf16 && (teacher.mode != TeacherMode::Resident || teacher.mesh.size() > 1) {
-                let problem = "is `bf16`, in which only a resident teacher on one device computes";
-                return Err(recipe.error("teacher.dtype", problem, "use `f32`"));
+            if teacher.dtype == Dtype::Bf16 && teacher.mode == TeacherMode::Remote {
+                let problem = "is `bf16`, and the server decides what a remote teacher computes in";
+                return Err(recipe.error("teacher.dtype", problem, "remove it"));
             }
             if recipe.has_held_out() && !cache.temperatures.contains(&1.0) {
                 let problem = "lacks 1.0, at which held-out text is compared with the teacher";

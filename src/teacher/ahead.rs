@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use burn::tensor::Device;
+use limbeck_kernels::packed_matmul::Numbers;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::slices::Slices;
@@ -90,6 +91,8 @@ pub(super) struct Ahead {
     device: Device,
     /// The whole model, where this is one rank's part of it.
     part_of: Option<Whole>,
+    /// What matrices are multiplied in.
+    numbers: Numbers,
     /// One thread; what it converts in parallel elsewhere is converted on it.
     loader: ThreadPool,
     pending: Option<(Part, Receiver<Result<Loaded>>)>,
@@ -105,6 +108,7 @@ impl Ahead {
         reader: Arc<CheckpointReader>,
         device: Device,
         part_of: Option<Whole>,
+        numbers: Numbers,
     ) -> Result<Self> {
         let loader = ThreadPoolBuilder::new()
             .num_threads(1)
@@ -115,7 +119,7 @@ impl Ahead {
         let loader = loader.map_err(|error| {
             Error::usage(format!("no thread to read weights on: {error}"), "allow this program more threads")
         })?;
-        Ok(Ahead { config, reader, device, part_of, loader, pending: None, spare: Arc::default() })
+        Ok(Ahead { config, reader, device, part_of, numbers, loader, pending: None, spare: Arc::default() })
     }
 
     /// Begins to load a part, which must be the next that is taken.
@@ -123,13 +127,13 @@ impl Ahead {
         assert!(self.pending.is_none(), "one part is read ahead, never two: {part:?}");
         let (sender, receiver) = sync_channel(1);
         let (config, reader, device) = (self.config.clone(), self.reader.clone(), self.device.clone());
-        let (wanted, part_of) = (part.clone(), self.part_of.clone());
+        let (wanted, part_of, numbers) = (part.clone(), self.part_of.clone(), self.numbers);
         let spare = matches!(part, Part::Expert(..)).then(|| self.spare.clone());
         if spare.is_none() {
             self.spare.clear();
         }
         self.loader.spawn(move || {
-            let source = CheckpointWeights::new(&reader);
+            let source = CheckpointWeights::new(&reader).in_numbers(numbers);
             let source = match &spare {
                 Some(spare) => source.reusing(spare),
                 None => source,

@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use limbeck_kernels::packed_matmul::Numbers;
+
 use super::{
     part_bytes::{BLOCK_ROWS, Beside, HEAD_BLOCKS, Parts, WeightBytes},
     resident::HEAD_ROWS,
@@ -32,6 +34,8 @@ pub enum Spill {
 pub struct StreamSettings {
     /// Bytes of memory for everything.
     pub memory: u64,
+    /// What its matrices are multiplied in.
+    pub numbers: Numbers,
     /// What of these is taken already or needed beside the teacher, each part by its name.
     pub taken: Vec<(&'static str, u64)>,
     /// Most tokens in one forward pass of a layer; at least one whole sequence is always run.
@@ -244,6 +248,7 @@ mod tests {
 
     fn settings(mib: u64, spill: Spill) -> StreamSettings {
         StreamSettings {
+            numbers: Numbers::F32,
             memory: mib << 20,
             taken: vec![("the program", 100 << 20)],
             batch_tokens: 4096,

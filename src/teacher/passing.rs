@@ -74,7 +74,7 @@ impl Passing {
         tracing::debug!("streamed teacher: {fit:?}");
         let final_norm = FinalNorm::load(&config, &CheckpointWeights::new(&reader), device)?;
         let config = Arc::new(config);
-        let ahead = Ahead::new(config.clone(), reader.clone(), device.clone(), part_of.clone())?;
+        let ahead = Ahead::new(config.clone(), reader.clone(), device.clone(), part_of.clone(), settings.numbers)?;
         Ok(Passing {
             bytes_before: reader.bytes_read(),
             device: device.clone(),

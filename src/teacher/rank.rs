@@ -73,7 +73,7 @@ impl Rank {
         let ShardSettings { checkpoint, config, mesh, device, .. } = &self.settings;
         // A reader for each rank, so that each counts its own bytes.
         let reader = Arc::new(CheckpointReader::open(checkpoint)?);
-        let source = CheckpointWeights::new(&reader);
+        let source = CheckpointWeights::new(&reader).in_numbers(self.settings.numbers);
         let Some((seq_len, settings)) = &self.settings.streaming else {
             let model = RankModel::load(config, *mesh, self.place, &source, device, EXPERT_ROWS)?;
             self.weights = Weights::Resident(Box::new(model));

@@ -17,6 +17,8 @@ use super::{
     streamed::StreamCounts,
     wire::{Command, targets_to_bytes},
 };
+use limbeck_kernels::packed_matmul::Numbers;
+
 use crate::{
     error::{Error, Result},
     models::DecoderConfig,
@@ -35,6 +37,8 @@ pub struct ShardSettings {
     pub device: Device,
     pub selection: Selection,
     pub temperatures: Vec<f32>,
+    /// What matrices are multiplied in, where they stay in memory.
+    pub numbers: Numbers,
     /// Sequences that a rank computes at once.
     pub batch_sequences: usize,
     /// Where the layers pass by instead of staying in memory: how long the sequences are, and what one rank may take.

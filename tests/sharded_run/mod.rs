@@ -20,6 +20,7 @@ use limbeck::targets::{PackedSequence, SparseTargets, TargetKind, TargetSource};
 use limbeck::teacher::{ShardSettings, ShardedTeacher};
 use limbeck::train::trainer::write_model;
 use limbeck::{Result, precompute};
+use limbeck_kernels::packed_matmul::Numbers;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -54,6 +55,7 @@ pub fn config_of(dir: &Path) -> DecoderConfig {
 
 pub fn settings(checkpoint: &Path, mesh: Mesh, selection: Selection) -> ShardSettings {
     ShardSettings {
+        numbers: Numbers::F32,
         checkpoint: checkpoint.into(),
         config: config_of(checkpoint),
         mesh,

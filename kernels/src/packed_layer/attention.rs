@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::{norm_into, normed, rows_at_once, workspace::{Workspace, with_workspace}};
+use super::{
+    norm_into, normed, rows_at_once,
+    workspace::{Workspace, with_workspace},
+};
 use crate::{
     attention::{Heads, KeyRanges},
     packed_matmul::{
@@ -269,7 +272,13 @@ impl AttentionHalf<'_> {
                     };
                     for column in (0..head_dim).step_by(PANEL) {
                         let columns = PANEL.min(head_dim - column);
-                        product(instructions, tile_count, weights, panels.values(column / PANEL, used, numbers), &mut sums);
+                        product(
+                            instructions,
+                            tile_count,
+                            weights,
+                            panels.values(column / PANEL, used, numbers),
+                            &mut sums,
+                        );
                         for row in 0..tile_count {
                             let at = member * count + tile * tile_height + row;
                             let place = &mut weighted[at * head_dim + column..][..columns];

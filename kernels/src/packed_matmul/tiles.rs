@@ -290,13 +290,7 @@ impl RowTiles {
 
 /// The products of `count` rows with a panel; `tiles` are the rows' blocks of k.
 #[inline(always)]
-pub(crate) fn product(
-    instructions: Instructions,
-    count: usize,
-    tiles: &[TileRows],
-    panel: Panel<'_>,
-    sums: &mut Sums,
-) {
+pub(crate) fn product(instructions: Instructions, count: usize, tiles: &[TileRows], panel: Panel<'_>, sums: &mut Sums) {
     for (block, tile) in tiles.iter().take(panel.blocks()).enumerate() {
         instructions.sum_tile(count, tile, panel.slice(block), sums, block == 0);
     }
