@@ -11,6 +11,7 @@ use burn::tensor::Device;
 use serde_json::json;
 
 use super::hardware::{Hardware, Rates};
+use super::link::link_rate;
 use super::reading::{loading_rate, read_rate};
 use super::work::TeacherWork;
 use crate::durable;
@@ -73,7 +74,7 @@ pub fn calibrate(directory: &Path) -> Result<Calibration> {
         efficiency: 1.0,
         // A batch of tokens reads weights from caches more than from memory; the probes' times have it in them.
         memory_bandwidth: 1e12,
-        link_bandwidth: 0.0,
+        link_bandwidth: link_rate()?,
         network_bandwidth: 0.0,
         host_memory: 0,
         host_bandwidth: 0.0,
@@ -98,12 +99,13 @@ impl Calibration {
     pub fn text(&self) -> String {
         let rates = self.hardware.measured.as_ref().expect("a calibration has measured");
         let mut text = format!(
-            "products {:.1} GFLOP/s, attention {:.1} GFLOP/s, states {:.2} G/s, logits {:.2} G/s, files {:.2} GB/s, weights {:.2} GB/s a thread\n",
+            "products {:.1} GFLOP/s, attention {:.1} GFLOP/s, states {:.2} G/s, logits {:.2} G/s, files {:.2} GB/s, links {:.2} GB/s, weights {:.2} GB/s a thread\n",
             rates.products / 1e9,
             rates.attention / 1e9,
             rates.states / 1e9,
             rates.logits / 1e9,
             self.hardware.disk_bandwidth / 1e9,
+            self.hardware.link_bandwidth / 1e9,
             rates.loading / 1e9,
         );
         for probe in &self.probes {

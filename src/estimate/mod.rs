@@ -6,6 +6,7 @@
 
 pub mod calibrate;
 pub mod hardware;
+mod link;
 pub mod modes;
 mod reading;
 pub mod report;
