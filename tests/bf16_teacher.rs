@@ -63,17 +63,31 @@ fn divergence(truth: &[SparseTargets], found: &[SparseTargets]) -> (f64, f64) {
     (sum / rows as f64, worst)
 }
 
+/// Mean and largest KL from f64 of a forward pass in f64 whose factors of products are rounded to bfloat16, routers
+/// excepted, by `transformers` on these sequences. In the last one tokens go to another expert.
+const ROUNDING_ALONE: [(&str, f64, f64); 5] = [
+    ("smollm2_tiny", 2.25e-3, 3.60e-2),
+    ("llama3_tiny", 9.40e-4, 1.10e-2),
+    ("qwen3_tiny", 4.92e-4, 5.27e-3),
+    ("mistral_tiny", 5.01e-4, 3.52e-3),
+    ("llama4/scout_tiny", 4.50e-2, 3.45),
+];
+
 #[test]
-fn targets_in_bfloat16_are_within_the_stated_divergence_of_those_in_f32() {
-    for name in ["smollm2_tiny", "llama3_tiny", "qwen3_tiny", "mistral_tiny", "llama4/scout_tiny"] {
+fn targets_in_bfloat16_are_as_far_from_those_in_f32_as_rounding_alone_makes_them() {
+    let mut missed = vec![];
+    for (name, mean_bound, worst_bound) in ROUNDING_ALONE {
         let [exact, rounded] = [Numbers::F32, Numbers::Bf16].map(|numbers| {
             let teacher = teacher(name, numbers, 64);
             teacher.targets(&sequences(teacher.model().config.vocab_size), 0).unwrap()
         });
         let (mean, worst) = divergence(&exact, &rounded);
-        assert!(mean < 2e-4 && worst < 5e-3, "{name}: mean {mean:e}, at most {worst:e}");
+        if mean > 1.2 * mean_bound || worst > 1.2 * worst_bound {
+            missed.push(format!("{name}: mean {mean:e}, at most {worst:e}"));
+        }
         assert_ne!(exact[0].captures[0].log_probs, rounded[0].captures[0].log_probs, "{name}: rounding shows");
     }
+    assert!(missed.is_empty(), "{missed:#?}");
 }
 
 #[test]
@@ -146,6 +160,7 @@ fn a_cache_says_that_its_teacher_computed_in_bfloat16_and_is_close_to_one_in_f32
     let found = fidelity::compare(&train, checkpoint, &Device::flex(), 4).unwrap();
     assert!(found.same_teacher);
     let capture = &found.captures[0];
-    assert!(capture.kl > 0.0 && capture.kl < 2e-4, "{}", capture.kl);
+    // Twice what eight bits come to in the mildest of the fixtures.
+    assert!(capture.kl > 0.0 && capture.kl < 1e-3, "{}", capture.kl);
     assert!(capture.log_prob_error < 0.05, "{}", capture.log_prob_error);
 }

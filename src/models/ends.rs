@@ -15,12 +15,19 @@ use crate::error::Result;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// Rows of the embedding, for token ids in a row.
+/// Rows of the embedding, for token ids in a row; rounded where those of a model loaded for inference are.
 ///
 /// # Shapes
 /// - result `[ids, hidden]` row-major
-pub fn embedding_rows(config: &DecoderConfig, source: &dyn WeightSource, ids: Range<usize>) -> Result<Vec<f32>> {
-    source.load_rows(EMBEDDING, &[config.vocab_size, config.hidden_size], ids)
+pub fn embedding_rows(
+    config: &DecoderConfig,
+    source: &dyn WeightSource,
+    ids: Range<usize>,
+    device: &Device,
+) -> Result<Vec<f32>> {
+    let mut rows = source.load_rows(EMBEDDING, &[config.vocab_size, config.hidden_size], ids)?;
+    Weights::for_inference(source, device).round(&mut rows);
+    Ok(rows)
 }
 
 /// The embedding's rows for token ids in a row.

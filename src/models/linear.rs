@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use half::bf16;
 use limbeck_kernels::{
     gather_rows::gather_rows,
     grouped_matmul::grouped_matmul,
@@ -36,9 +37,17 @@ impl<'a> Weights<'a> {
         Weights { source, device, packed, numbers: source.numbers() }
     }
 
-    /// The same weights, multiplied as they are.
+    /// The same weights, multiplied as they are. In bfloat16 every other matrix is rounded, the embedding with the head
+    /// that it may be.
     pub fn exact(self) -> Self {
         Weights { numbers: Numbers::F32, ..self }
+    }
+
+    /// Makes of numbers what packing makes of them.
+    pub fn round(&self, values: &mut [f32]) {
+        if self.packed && self.numbers == Numbers::Bf16 {
+            values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+        }
     }
 
     pub fn vector(&self, name: &str, width: usize) -> Result<Tensor<1>> {

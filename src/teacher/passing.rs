@@ -7,7 +7,7 @@ use std::sync::{Arc, atomic::AtomicBool};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use limbeck_kernels::host_op;
+use limbeck_kernels::{host_op, packed_matmul::Numbers};
 
 use super::{
     ahead::{Ahead, Whole},
@@ -41,6 +41,7 @@ pub(super) struct Passing {
     /// Ranks that compute together have the same numbers of sequences and rows in it.
     pub fit: Fit,
     ahead: Ahead,
+    numbers: Numbers,
     pub counts: StreamCounts,
     /// What the checkpoint had been read when the last sweep ended.
     bytes_before: u64,
@@ -89,6 +90,7 @@ impl Passing {
             seq_len,
             fit,
             ahead,
+            numbers: settings.numbers,
         })
     }
 
@@ -111,7 +113,7 @@ impl Passing {
             let problem = format!("sequence {number} has {} predictions, not {}", sequence.seq_len(), self.seq_len);
             return Err(Error::usage(problem, "give sequences of one length").into());
         }
-        let weights = CheckpointWeights::new(&self.reader);
+        let weights = CheckpointWeights::new(&self.reader).in_numbers(self.numbers);
         let slices = self.part_of.as_ref().map(|whole| whole.slices(&weights));
         let source: &dyn WeightSource = match &slices {
             Some(slices) => slices,

@@ -213,7 +213,7 @@ impl Sweep<'_> {
                     .windows(2)
                     .take_while(|pair| pair[1].0 - pair[0].0 <= EMBEDDING_GAP && pair[1].0 - first < most);
                 let (now, later) = rest.split_at(1 + near.count());
-                let rows = embedding_rows(self.config, self.source, first..now[now.len() - 1].0 + 1)?;
+                let rows = embedding_rows(self.config, self.source, first..now[now.len() - 1].0 + 1, self.device)?;
                 for &(id, row) in now {
                     embedded[row * width..][..width].copy_from_slice(&rows[(id - first) * width..][..width]);
                 }

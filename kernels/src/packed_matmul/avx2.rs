@@ -1,11 +1,11 @@
 //! Sums of products by AVX2 and FMA: six rows by half a panel stay in registers.
 
 use std::arch::x86_64::{
-    __m256, __m256i, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    __m256, __m256i, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use super::tiles::{HalfLine, PANEL, Slice, Sums, TileRows};
+use super::tiles::{HalfLine, PANEL, Places, Slice, TileRow};
 
 /// Two registers of sums for each row, two of weights and one of a row's value: 15 of 16.
 pub const TILE_ROWS: usize = 6;
@@ -30,7 +30,7 @@ fn pair_quarters(half: &HalfLine<u32>) -> [__m256i; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn step<const R: usize>(sums: &mut [[__m256; 2]; R], rows: &TileRows, k: usize, weights: [__m256; 2]) {
+fn step<const R: usize>(sums: &mut [[__m256; 2]; R], rows: &[TileRow; R], k: usize, weights: [__m256; 2]) {
     for (sums, row) in sums.iter_mut().zip(rows) {
         let value = _mm256_set1_ps(row[k]);
         sums[0] = _mm256_fmadd_ps(value, weights[0], sums[0]);
@@ -38,9 +38,9 @@ fn step<const R: usize>(sums: &mut [[__m256; 2]; R], rows: &TileRows, k: usize, 
     }
 }
 
-/// Products of the first `R` rows with a panel's slice, each summed in the order of k.
+/// Products of `R` rows with a panel's slice, each summed in the order of k.
 #[target_feature(enable = "avx2,fma")]
-pub fn sums<const R: usize>(rows: &TileRows, slice: Slice<'_>, out: &mut Sums) {
+pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, mut places: Places<'_, R>, first: bool) {
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
         match slice {
@@ -82,13 +82,15 @@ pub fn sums<const R: usize>(rows: &TileRows, slice: Slice<'_>, out: &mut Sums) {
                 }
             }
         }
-        for (out, sums) in out.iter_mut().zip(sums) {
-            const { assert!(PANEL == 4 * LANES) };
-            let (low, high) = out[half * 2 * LANES..][..2 * LANES].split_at_mut(LANES);
-            // SAFETY: both slices have eight places, which is what is written.
-            unsafe {
-                _mm256_storeu_ps(low.as_mut_ptr(), sums[0]);
-                _mm256_storeu_ps(high.as_mut_ptr(), sums[1]);
+        const { assert!(PANEL == 4 * LANES) };
+        for (sums, place) in sums.into_iter().zip(&mut places) {
+            let parts = place[half * 2 * LANES..].as_chunks_mut::<LANES>().0;
+            for (sum, part) in sums.into_iter().zip(parts) {
+                // SAFETY: a place of eight numbers is read, if at all, and written.
+                unsafe {
+                    let sum = if first { sum } else { _mm256_add_ps(_mm256_loadu_ps(part.as_ptr()), sum) };
+                    _mm256_storeu_ps(part.as_mut_ptr(), sum);
+                }
             }
         }
     }

@@ -2,15 +2,19 @@
 //! bfloat16, where there are any.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
     _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
     _mm512_storeu_ps,
 };
 
-use super::tiles::{Line, PANEL, Slice, Sums, TileRows};
+use super::tiles::{Line, PANEL, Places, ROW_STRIDE, Slice, TileRow};
 
 /// Two registers of sums for each row, two of weights and one of a row's value: 31 of 32.
 pub const TILE_ROWS: usize = 14;
+
+/// The same where weights are widened from bfloat16, which takes two more. With more rows the compiler keeps sums in
+/// memory, and half as much time again is gone.
+pub const WIDENED_TILE_ROWS: usize = 13;
 
 const LANES: usize = 16;
 
@@ -30,9 +34,25 @@ fn pair_halves(line: &Line<u32>) -> [__m512i; 2] {
     unsafe { [_mm512_loadu_si512(low.as_ptr().cast()), _mm512_loadu_si512(high.as_ptr().cast())] }
 }
 
+/// Puts sums that are complete where they go, or adds them to what is there.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn step<const R: usize>(sums: &mut [[__m512; 2]; R], rows: &TileRows, k: usize, weights: [__m512; 2]) {
+fn finish<const R: usize>(sums: [[__m512; 2]; R], places: Places<'_, R>, first: bool) {
+    const { assert!(PANEL == 2 * LANES) };
+    for (sums, place) in sums.into_iter().zip(places) {
+        for (sum, place) in sums.into_iter().zip(place.as_chunks_mut::<LANES>().0) {
+            // SAFETY: a place of sixteen numbers is read, if at all, and written.
+            unsafe {
+                let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
+                _mm512_storeu_ps(place.as_mut_ptr(), sum);
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn step<const R: usize>(sums: &mut [[__m512; 2]; R], rows: &[TileRow; R], k: usize, weights: [__m512; 2]) {
     for (sums, row) in sums.iter_mut().zip(rows) {
         let value = _mm512_set1_ps(row[k]);
         sums[0] = _mm512_fmadd_ps(value, weights[0], sums[0]);
@@ -40,62 +60,92 @@ fn step<const R: usize>(sums: &mut [[__m512; 2]; R], rows: &TileRows, k: usize, 
     }
 }
 
-/// Products of the first `R` rows with a panel's slice, each summed in the order of k.
+/// The first of two numbers in each lane, widened.
+#[inline]
 #[target_feature(enable = "avx512f")]
-pub fn sums<const R: usize>(rows: &TileRows, slice: Slice<'_>, out: &mut Sums) {
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+fn firsts(line: [__m512i; 2]) -> [__m512; 2] {
+    line.map(|half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half)))
+}
+
+/// The second of two numbers in each lane, widened.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn seconds(line: [__m512i; 2]) -> [__m512; 2] {
+    let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+    line.map(|half| _mm512_castsi512_ps(_mm512_and_si512(half, high)))
+}
+
+/// Products of `R` rows with a panel's slice, each summed in the order of k.
+#[target_feature(enable = "avx512f")]
+pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool) {
     match slice {
-        Slice::F32(lines) => {
-            for (k, line) in lines.iter().enumerate() {
-                step(&mut sums, rows, k, halves(line));
-            }
-        }
-        Slice::Bf16 { pairs, odd } => {
-            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
-            for (pair, line) in pairs.iter().enumerate() {
-                let weights = pair_halves(line);
-                let even = weights.map(|half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half)));
-                step(&mut sums, rows, 2 * pair, even);
-                let odd = weights.map(|half| _mm512_castsi512_ps(_mm512_and_si512(half, high)));
-                step(&mut sums, rows, 2 * pair + 1, odd);
-            }
-            if let Some(line) = odd {
-                let even = pair_halves(line).map(|half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half)));
-                step(&mut sums, rows, 2 * pairs.len(), even);
-            }
-        }
-        Slice::Rounded(lines) => {
-            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
-            for (pair, line) in lines.iter().enumerate() {
-                let weights = pair_halves(line);
-                let even = weights.map(|half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half)));
-                let odd = weights.map(|half| _mm512_castsi512_ps(_mm512_and_si512(half, high)));
-                for (sums, row) in sums.iter_mut().zip(rows) {
-                    let bits = row[pair].to_bits();
-                    let second = _mm512_set1_ps(f32::from_bits(bits & 0xffff_0000));
-                    let first = _mm512_set1_ps(f32::from_bits(bits << 16));
-                    for half in 0..2 {
-                        sums[half] = _mm512_fmadd_ps(second, odd[half], sums[half]);
-                        sums[half] = _mm512_fmadd_ps(first, even[half], sums[half]);
-                    }
-                }
-            }
-        }
-    }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        const { assert!(PANEL == 2 * LANES) };
-        let (low, high) = out.split_at_mut(LANES);
-        // SAFETY: both halves have sixteen places, which is what is written.
-        unsafe {
-            _mm512_storeu_ps(low.as_mut_ptr(), sums[0]);
-            _mm512_storeu_ps(high.as_mut_ptr(), sums[1]);
-        }
+        Slice::F32(lines) => exact_sums(rows, lines, places, first),
+        Slice::Bf16 { pairs, odd } => widened_sums(rows, pairs, odd, places, first),
+        Slice::Rounded(lines) => rounded_sums(rows, lines, places, first),
     }
 }
 
-/// Products of the first `R` rows with lines of pairs, rows in bfloat16.
+// Each has a function to itself: what one needs in registers is then no concern of the others.
+
+#[inline(never)]
+#[target_feature(enable = "avx512f")]
+fn exact_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<f32>], places: Places<'_, R>, first: bool) {
+    assert!(lines.len() <= ROW_STRIDE, "a block of a row");
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (k, line) in lines.iter().enumerate() {
+        step(&mut sums, rows, k, halves(line));
+    }
+    finish(sums, places, first);
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f")]
+fn widened_sums<const R: usize>(
+    rows: &[TileRow; R],
+    pairs: &[Line<u32>],
+    odd: Option<&Line<u32>>,
+    places: Places<'_, R>,
+    first: bool,
+) {
+    assert!(2 * pairs.len() < ROW_STRIDE, "a block of a row");
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (pair, line) in pairs.iter().enumerate() {
+        let line = pair_halves(line);
+        step(&mut sums, rows, 2 * pair, firsts(line));
+        step(&mut sums, rows, 2 * pair + 1, seconds(line));
+    }
+    if let Some(line) = odd {
+        step(&mut sums, rows, 2 * pairs.len(), firsts(pair_halves(line)));
+    }
+    finish(sums, places, first);
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f")]
+fn rounded_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {
+    assert!(lines.len() <= ROW_STRIDE, "a block of a row");
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (pair, line) in lines.iter().enumerate() {
+        let line = pair_halves(line);
+        let (even, odd) = (firsts(line), seconds(line));
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            let bits = row[pair].to_bits();
+            let second = _mm512_set1_ps(f32::from_bits(bits & 0xffff_0000));
+            let first = _mm512_set1_ps(f32::from_bits(bits << 16));
+            for half in 0..2 {
+                sums[half] = _mm512_fmadd_ps(second, odd[half], sums[half]);
+                sums[half] = _mm512_fmadd_ps(first, even[half], sums[half]);
+            }
+        }
+    }
+    finish(sums, places, first);
+}
+
+/// Products of `R` rows with lines of pairs, rows in bfloat16, by the processor's own instruction for it.
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub fn rounded_sums<const R: usize>(rows: &TileRows, lines: &[Line<u32>], out: &mut Sums) {
+pub fn pair_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {
+    assert!(lines.len() <= ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for (pair, line) in lines.iter().enumerate() {
         let [low, high] = pair_halves(line);
@@ -106,14 +156,7 @@ pub fn rounded_sums<const R: usize>(rows: &TileRows, lines: &[Line<u32>], out: &
             sums[1] = _mm512_dpbf16_ps(sums[1], values, weights[1]);
         }
     }
-    for (out, sums) in out.iter_mut().zip(sums) {
-        let (low, high) = out.split_at_mut(LANES);
-        // SAFETY: both halves have sixteen places, which is what is written.
-        unsafe {
-            _mm512_storeu_ps(low.as_mut_ptr(), sums[0]);
-            _mm512_storeu_ps(high.as_mut_ptr(), sums[1]);
-        }
-    }
+    finish(sums, places, first);
 }
 
 /// The same bits, as pairs of bfloat16.

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use super::{avx2, avx512};
 use super::{
     plain,
-    tiles::{MAX_TILE_ROWS, PANEL, Slice, Sums, TileRows, add_sums, join_sums},
+    tiles::{NO_SUMS, PANEL, Slice, TileRow, add_part},
 };
 
 /// An instruction set that this processor has.
@@ -42,15 +42,19 @@ static AVAILABLE: LazyLock<Vec<Instructions>> = LazyLock::new(|| {
     sets
 });
 
-macro_rules! sums_of {
-    ($module:ident, [$($count:literal)*], $rows:expr, $slice:expr, $output:expr) => {{
-        let mut sums: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
-        match $output.len() {
-            $($count => $module::sums::<$count>($rows, $slice, &mut sums),)*
+/// One call for each number of rows that a tile may have.
+macro_rules! for_rows {
+    ($module:ident::$sums:ident, [$($count:literal)*], $rows:expr, $slice:expr, $places:expr, $first:expr) => {
+        match $rows.len() {
+            $($count => $module::$sums::<$count>(
+                $rows.try_into().expect("so many rows"),
+                $slice,
+                std::array::from_fn(|_| $places.next().expect("a place for each row")),
+                $first,
+            ),)*
             other => unreachable!("a tile of {other} rows"),
         }
-        sums
-    }};
+    };
 }
 
 impl Instructions {
@@ -75,115 +79,63 @@ impl Instructions {
         }
     }
 
-    /// Adds the products of `count` rows and a panel's slice to columns `column..` of the output.
+    /// The most rows that are summed at once with a slice of this kind.
+    pub(super) fn rows_at_once(self, slice: Slice<'_>) -> usize {
+        match (self.0, slice) {
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx512 | Set::Avx512Bf16, Slice::Bf16 { .. }) => avx512::WIDENED_TILE_ROWS,
+            _ => self.tile_rows(),
+        }
+    }
+
+    /// Puts the products of rows and a panel's slice into columns `column..` of the output's rows, or adds them to what
+    /// is there.
     pub(super) fn add_tile(
         self,
-        count: usize,
-        rows: &TileRows,
+        rows: &[TileRow],
         slice: Slice<'_>,
         output: &mut [&mut [f32]],
         column: usize,
         first: bool,
     ) {
-        let output = &mut output[..count];
-        match self.0 {
-            Set::Plain => plain_tile(rows, slice, output, column, first),
-            // SAFETY: a value of these exists only where the processor was found to have the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => unsafe { avx2_tile(rows, slice, output, column, first) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => unsafe { avx512_tile(rows, slice, output, column, first) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512Bf16 => unsafe { avx512_bf16_tile(rows, slice, output, column, first) },
+        if output[0].len() - column >= PANEL {
+            let mut places = output.iter_mut().map(|row| row[column..].first_chunk_mut().expect("a whole panel"));
+            self.sum_tile(rows, slice, &mut places, first);
+        } else {
+            let mut sums = NO_SUMS;
+            self.sum_tile(rows, slice, &mut sums.iter_mut(), true);
+            sums.iter().zip(output).for_each(|(sums, row)| add_part(sums, &mut row[column..], first));
         }
     }
 
-    /// Puts the products of `count` rows and a panel's slice into `output`, or adds them to what is there.
+    /// Puts the products of rows and a panel's slice into a place for each, or adds them to what is there.
     #[inline(always)]
-    pub(super) fn sum_tile(self, count: usize, rows: &TileRows, slice: Slice<'_>, output: &mut Sums, first: bool) {
-        let output = &mut output[..count];
-        match self.0 {
-            Set::Plain => join_sums(&sums_of!(plain, [1 2 3 4], rows, slice, output), output, first),
-            // SAFETY: a value of these exists only where the processor was found to have the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => unsafe { avx2_sum(rows, slice, output, first) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => unsafe { avx512_sum(rows, slice, output, first) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512Bf16 => unsafe { avx512_bf16_sum(rows, slice, output, first) },
+    pub(super) fn sum_tile<'a>(
+        self,
+        rows: &[TileRow],
+        slice: Slice<'_>,
+        places: &mut impl Iterator<Item = &'a mut [f32; PANEL]>,
+        first: bool,
+    ) {
+        // Of equal height, as those of a task.
+        let pieces = rows.len().div_ceil(self.rows_at_once(slice));
+        for rows in rows.chunks(rows.len().div_ceil(pieces)) {
+            match (self.0, slice) {
+                (Set::Plain, _) => for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first),
+                // SAFETY: a value of these exists only where the processor was found to have the instructions.
+                #[cfg(target_arch = "x86_64")]
+                (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, first) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Set::Avx512Bf16, Slice::Rounded(lines)) => unsafe {
+                    for_rows!(avx512::pair_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, lines, places, first)
+                },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Set::Avx512 | Set::Avx512Bf16, _) => unsafe {
+                    for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, first)
+                },
+            }
         }
     }
-}
-
-fn plain_tile(rows: &TileRows, slice: Slice<'_>, output: &mut [&mut [f32]], column: usize, first: bool) {
-    let sums = sums_of!(plain, [1 2 3 4], rows, slice, output);
-    add_sums(&sums, output, column, first);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn avx2_tile(rows: &TileRows, slice: Slice<'_>, output: &mut [&mut [f32]], column: usize, first: bool) {
-    let sums = sums_of!(avx2, [1 2 3 4 5 6], rows, slice, output);
-    add_sums(&sums, output, column, first);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn avx512_tile(rows: &TileRows, slice: Slice<'_>, output: &mut [&mut [f32]], column: usize, first: bool) {
-    let sums = sums_of!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, output);
-    add_sums(&sums, output, column, first);
-}
-
-/// The sums of a slice of any kind.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn avx512_bf16_sums(count: usize, rows: &TileRows, slice: Slice<'_>) -> Sums {
-    let output = 0..count;
-    let Slice::Rounded(lines) = slice else {
-        return sums_of!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, output);
-    };
-    let mut sums: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
-    macro_rules! rounded {
-        ($($count:literal)*) => {
-            match count {
-                $($count => avx512::rounded_sums::<$count>(rows, lines, &mut sums),)*
-                other => unreachable!("a tile of {other} rows"),
-            }
-        };
-    }
-    rounded!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-    sums
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn avx512_bf16_tile(rows: &TileRows, slice: Slice<'_>, output: &mut [&mut [f32]], column: usize, first: bool) {
-    let sums = avx512_bf16_sums(output.len(), rows, slice);
-    add_sums(&sums, output, column, first);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn avx512_bf16_sum(rows: &TileRows, slice: Slice<'_>, output: &mut [[f32; PANEL]], first: bool) {
-    let sums = avx512_bf16_sums(output.len(), rows, slice);
-    join_sums(&sums, output, first);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn avx2_sum(rows: &TileRows, slice: Slice<'_>, output: &mut [[f32; PANEL]], first: bool) {
-    let sums = sums_of!(avx2, [1 2 3 4 5 6], rows, slice, output);
-    join_sums(&sums, output, first);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn avx512_sum(rows: &TileRows, slice: Slice<'_>, output: &mut [[f32; PANEL]], first: bool) {
-    let sums = sums_of!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, output);
-    join_sums(&sums, output, first);
 }

@@ -1,13 +1,13 @@
 //! Sums of products in plain Rust, for processors without a form of their own. Where the processor has no fused
 //! multiply-add at all, each is a call of the C library, and slow.
 
-use super::tiles::{PANEL, Slice, Sums, TileRows};
+use super::tiles::{PANEL, Places, Slice, TileRow};
 
 /// Rows summed at once.
 pub const TILE_ROWS: usize = 4;
 
 #[inline(always)]
-fn step<const R: usize>(sums: &mut [[f32; PANEL]; R], rows: &TileRows, k: usize, weights: &[f32; PANEL]) {
+fn step<const R: usize>(sums: &mut [[f32; PANEL]; R], rows: &[TileRow; R], k: usize, weights: &[f32; PANEL]) {
     for (sums, row) in sums.iter_mut().zip(rows) {
         for (sum, &weight) in sums.iter_mut().zip(weights) {
             *sum = row[k].mul_add(weight, *sum);
@@ -15,8 +15,8 @@ fn step<const R: usize>(sums: &mut [[f32; PANEL]; R], rows: &TileRows, k: usize,
     }
 }
 
-/// Products of the first `R` rows with a panel's slice, each summed in the order of k.
-pub fn sums<const R: usize>(rows: &TileRows, slice: Slice<'_>, out: &mut Sums) {
+/// Products of `R` rows with a panel's slice, each summed in the order of k.
+pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool) {
     let mut sums = [[0.0; PANEL]; R];
     match slice {
         Slice::F32(lines) => {
@@ -46,5 +46,10 @@ pub fn sums<const R: usize>(rows: &TileRows, slice: Slice<'_>, out: &mut Sums) {
             }
         }
     }
-    out[..R].copy_from_slice(&sums);
+    for (place, sums) in places.into_iter().zip(sums) {
+        match first {
+            true => *place = sums,
+            false => place.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
+        }
+    }
 }

@@ -18,13 +18,19 @@ pub const K_BLOCK: usize = 256;
 pub const MAX_TILE_ROWS: usize = 14;
 
 /// A little more than a block, so that rows of a tile do not all fall into the same set of the first-level cache.
-const ROW_STRIDE: usize = K_BLOCK + 16;
+pub const ROW_STRIDE: usize = K_BLOCK + 16;
 
-/// One block of k of the rows of a tile: f32, or the bits of two bfloat16 in each number.
-pub type TileRows = [[f32; ROW_STRIDE]; MAX_TILE_ROWS];
+/// One block of k of a row: f32, or the bits of two bfloat16 in each number.
+pub type TileRow = [f32; ROW_STRIDE];
 
-/// One block's sums of a tile.
+/// One block of k of the rows of a tile.
+pub type TileRows = [TileRow; MAX_TILE_ROWS];
+
+/// A tile's sums.
 pub type Sums = [[f32; PANEL]; MAX_TILE_ROWS];
+
+/// Where the sums of some rows go.
+pub type Places<'a, const R: usize> = [&'a mut [f32; PANEL]; R];
 
 pub const NO_TILE: TileRows = [[0.0; ROW_STRIDE]; MAX_TILE_ROWS];
 pub const NO_SUMS: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
@@ -169,19 +175,19 @@ pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix
 
 fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
     let inputs = weights.inputs;
-    let most = instructions.tile_rows();
+    let most = instructions.rows_at_once(weights.panel(0).slice(0));
     // Tiles of nearly equal height: 16 rows are 8 and 8, not 14 and 2.
     let height = task.output.len().div_ceil(task.output.len().div_ceil(most));
     let panels = task.output[0].len().div_ceil(PANEL);
     let blocks = weights.panel(0).blocks();
-    let mut tile = [[0.0; ROW_STRIDE]; MAX_TILE_ROWS];
+    let mut tile = NO_TILE;
     if task.output.len() <= height {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels {
             for block in 0..blocks {
                 let count = copy_rows(&mut tile, task.rows, inputs, block, weights.rows);
                 let slice = weights.panel(task.first_panel + panel).slice(block);
-                instructions.add_tile(count, &tile, slice, &mut task.output, panel * PANEL, block == 0);
+                instructions.add_tile(&tile[..count], slice, &mut task.output, panel * PANEL, block == 0);
             }
         }
         return;
@@ -191,7 +197,7 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
             let count = copy_rows(&mut tile, rows, inputs, block, weights.rows);
             for panel in 0..panels {
                 let slice = weights.panel(task.first_panel + panel).slice(block);
-                instructions.add_tile(count, &tile, slice, output, panel * PANEL, block == 0);
+                instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0);
             }
         }
     }
@@ -292,31 +298,14 @@ impl RowTiles {
 #[inline(always)]
 pub(crate) fn product(instructions: Instructions, count: usize, tiles: &[TileRows], panel: Panel<'_>, sums: &mut Sums) {
     for (block, tile) in tiles.iter().take(panel.blocks()).enumerate() {
-        instructions.sum_tile(count, tile, panel.slice(block), sums, block == 0);
+        instructions.sum_tile(&tile[..count], panel.slice(block), &mut sums.iter_mut(), block == 0);
     }
 }
 
-/// Puts a block's sums where they belong, or adds them to what earlier blocks came to.
-#[inline(always)]
-pub fn add_sums(sums: &Sums, output: &mut [&mut [f32]], column: usize, first: bool) {
-    for (sums, row) in sums.iter().zip(output) {
-        let row = &mut row[column..];
-        match row.first_chunk_mut::<PANEL>() {
-            Some(row) if first => *row = *sums,
-            Some(row) => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-            None if first => row.iter_mut().zip(sums).for_each(|(place, sum)| *place = *sum),
-            None => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-        }
-    }
-}
-
-/// [`add_sums`] of whole panels.
-#[inline(always)]
-pub fn join_sums(sums: &Sums, output: &mut [[f32; PANEL]], first: bool) {
-    for (sums, row) in sums.iter().zip(output) {
-        match first {
-            true => *row = *sums,
-            false => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-        }
+/// Puts the first of a panel's sums into the last columns of a row, or adds them to what is there.
+pub fn add_part(sums: &[f32; PANEL], row: &mut [f32], first: bool) {
+    match first {
+        true => row.copy_from_slice(&sums[..row.len()]),
+        false => row.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
     }
 }
