@@ -16,6 +16,9 @@ pub const TILE_ROWS: usize = 14;
 /// memory, and half as much time again is gone.
 pub const WIDENED_TILE_ROWS: usize = 13;
 
+/// The same where rows are widened too.
+pub const ROUNDED_TILE_ROWS: usize = 12;
+
 const LANES: usize = 16;
 
 #[inline]
@@ -39,14 +42,17 @@ fn pair_halves(line: &Line<u32>) -> [__m512i; 2] {
 #[target_feature(enable = "avx512f")]
 fn finish<const R: usize>(sums: [[__m512; 2]; R], places: Places<'_, R>, first: bool) {
     const { assert!(PANEL == 2 * LANES) };
-    for (sums, place) in sums.into_iter().zip(places) {
-        for (sum, place) in sums.into_iter().zip(place.as_chunks_mut::<LANES>().0) {
-            // SAFETY: a place of sixteen numbers is read, if at all, and written.
-            unsafe {
-                let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
-                _mm512_storeu_ps(place.as_mut_ptr(), sum);
-            }
+    let put = |place: &mut [f32; LANES], sum: __m512| {
+        // SAFETY: a place of sixteen numbers is read, if at all, and written.
+        unsafe {
+            let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
+            _mm512_storeu_ps(place.as_mut_ptr(), sum);
         }
+    };
+    for (row, place) in places.into_iter().enumerate() {
+        let (low, high) = place.split_at_mut(LANES);
+        put(low.try_into().expect("half a panel"), sums[row][0]);
+        put(high.try_into().expect("half a panel"), sums[row][1]);
     }
 }
 

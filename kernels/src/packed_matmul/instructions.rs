@@ -84,6 +84,8 @@ impl Instructions {
         match (self.0, slice) {
             #[cfg(target_arch = "x86_64")]
             (Set::Avx512 | Set::Avx512Bf16, Slice::Bf16 { .. }) => avx512::WIDENED_TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx512, Slice::Rounded(_)) => avx512::ROUNDED_TILE_ROWS,
             _ => self.tile_rows(),
         }
     }
