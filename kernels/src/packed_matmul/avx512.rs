@@ -37,22 +37,25 @@ fn pair_halves(line: &Line<u32>) -> [__m512i; 2] {
     unsafe { [_mm512_loadu_si512(low.as_ptr().cast()), _mm512_loadu_si512(high.as_ptr().cast())] }
 }
 
-/// Puts sums that are complete where they go, or adds them to what is there.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn finish<const R: usize>(sums: [[__m512; 2]; R], places: Places<'_, R>, first: bool) {
-    const { assert!(PANEL == 2 * LANES) };
-    let put = |place: &mut [f32; LANES], sum: __m512| {
-        // SAFETY: a place of sixteen numbers is read, if at all, and written.
-        unsafe {
-            let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
-            _mm512_storeu_ps(place.as_mut_ptr(), sum);
+/// Puts sums where they go, or adds them to what is there. A function would be called, with all sums through memory.
+macro_rules! finish {
+    ($sums:expr, $places:expr, $first:expr) => {
+        const { assert!(PANEL == 2 * LANES) };
+        for (row, place) in $places.into_iter().enumerate() {
+            let (low, high) = place.split_at_mut(LANES);
+            put(low.try_into().expect("half a panel"), $sums[row][0], $first);
+            put(high.try_into().expect("half a panel"), $sums[row][1], $first);
         }
     };
-    for (row, place) in places.into_iter().enumerate() {
-        let (low, high) = place.split_at_mut(LANES);
-        put(low.try_into().expect("half a panel"), sums[row][0]);
-        put(high.try_into().expect("half a panel"), sums[row][1]);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn put(place: &mut [f32; LANES], sum: __m512, first: bool) {
+    // SAFETY: a place of sixteen numbers is read, if at all, and written.
+    unsafe {
+        let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
+        _mm512_storeu_ps(place.as_mut_ptr(), sum);
     }
 }
 
@@ -101,7 +104,7 @@ fn exact_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<f32>], places: 
     for (k, line) in lines.iter().enumerate() {
         step(&mut sums, rows, k, halves(line));
     }
-    finish(sums, places, first);
+    finish!(sums, places, first);
 }
 
 #[inline(never)]
@@ -123,7 +126,7 @@ fn widened_sums<const R: usize>(
     if let Some(line) = odd {
         step(&mut sums, rows, 2 * pairs.len(), firsts(pair_halves(line)));
     }
-    finish(sums, places, first);
+    finish!(sums, places, first);
 }
 
 #[inline(never)]
@@ -144,7 +147,7 @@ fn rounded_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places
             }
         }
     }
-    finish(sums, places, first);
+    finish!(sums, places, first);
 }
 
 /// Products of `R` rows with lines of pairs, rows in bfloat16, by the processor's own instruction for it.
@@ -162,7 +165,7 @@ pub fn pair_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], place
             sums[1] = _mm512_dpbf16_ps(sums[1], values, weights[1]);
         }
     }
-    finish(sums, places, first);
+    finish!(sums, places, first);
 }
 
 /// The same bits, as pairs of bfloat16.
