@@ -121,6 +121,14 @@ impl Progress {
         }
     }
 
+    /// `done` of it are done, after a run went back.
+    pub fn set(&self, done: u64) {
+        self.bar.set_position(done);
+        let mut state = self.lock();
+        state.first = state.first.min(done);
+        state.done = done;
+    }
+
     /// A few words after the numbers, as "loss 3.214".
     pub fn message(&self, text: &str) {
         self.bar.set_message(text.to_string());

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use limbeck::data::{DataLoader, DataSource, HeldOut};
 use limbeck::inputs::Inputs;
 use limbeck::loss::Weighting;
-use limbeck::recipe::{Plan, Recipe, all_keys};
+use limbeck::recipe::{MicroBatch, Plan, Recipe, all_keys};
 use limbeck::run::RunOptions;
 use limbeck::schedule::Schedule;
 use limbeck::selection::Selection;
@@ -146,7 +146,7 @@ fn overrides_replace_and_add_keys() {
     assert_eq!(recipe.data.sources[0].weight, 2.0);
     assert_eq!(recipe.data.held_out, HeldOut::Sources(vec![DataSource::new("/held_out.txt")]));
     assert_eq!(recipe.control_learning_rate().schedule, Schedule::Constant { value: 1e-2 });
-    assert_eq!(recipe.train.micro_batch_tokens, Some(1024));
+    assert_eq!(recipe.train.micro_batch_tokens, Some(MicroBatch::Tokens(1024)));
     assert_eq!(recipe.run.dir.as_deref(), Some(Path::new("/runs/a")));
 }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use limbeck::eval::report::{Arm, CacheFacts, Curves, Evaluation, Fact, Histogram, Report, Role, Winner};
+use limbeck::train::best::Best;
 use limbeck::train::metrics::{EvalMetrics, Metric, MetricsWriter, StepMetrics, read_metrics};
 
 fn step(arm: &str, step: u64) -> StepMetrics {
@@ -45,6 +46,8 @@ fn evaluation(arm: &str, step: u64) -> EvalMetrics {
         bits_per_byte: cross_entropy / 2.9,
         kl_to_teacher: Some(0.5),
         top1_agreement: Some(0.6),
+        averaged_cross_entropy: None,
+        averaged_kl_to_teacher: None,
     }
 }
 
@@ -84,6 +87,7 @@ fn arm(role: Role, name: &str, cross_entropy: f64) -> Arm {
         train_seconds: trained.then_some(132.0),
         tokens_seen: trained.then_some(819_200),
         tokens_per_second: trained.then_some(6_206.0),
+        best: trained.then_some(Best { step: 375, cross_entropy: cross_entropy + 0.004 }),
     }
 }
 

@@ -4,9 +4,13 @@
 
 use std::fmt::Write as _;
 
+use crate::eval::calibration::calibration_error;
 use crate::eval::chart::{self, Color, HeatMap, HistogramChart, Level, LineChart, Series, Stroke, escape, smoothed};
+use crate::eval::judgement;
 use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Histogram, Report, Role, Winner};
 use crate::quantity::{NONE, clock, decimal, percent, short_bytes, short_count, thousands};
+use crate::train::guard::Reaction;
+use crate::train::metrics::GuardMetrics;
 
 const STYLE: &str = include_str!("page.css");
 
@@ -17,6 +21,8 @@ pub(super) fn html(report: &Report) -> String {
     header(&mut page, report);
     comparison(&mut page, report);
     training(&mut page, report);
+    held_back(&mut page, report);
+    judgement::sections(&mut page, report);
     expert_load(&mut page, report);
     cache(&mut page, report);
     origin(&mut page, report);
@@ -92,7 +98,7 @@ fn comparison(page: &mut String, report: &Report) {
     type Measure<'a> = &'a dyn Fn(&Arm) -> Option<f64>;
     let four = |value: f64| decimal(value, 4);
     // The measure ranks student against control; less is better.
-    let rows: [(&str, &str, Cell, Option<Measure>); 11] = [
+    let rows: [(&str, &str, Cell, Option<Measure>); 13] = [
         (
             "cross-entropy",
             NATS,
@@ -117,6 +123,22 @@ fn comparison(page: &mut String, report: &Report) {
             "with the teacher",
             &|arm| optional(arm.evaluation.top1_agreement, &percent),
             Some(&|arm| arm.evaluation.top1_agreement.map(|share| -share)),
+        ),
+        (
+            "calibration error",
+            "of the likeliest token",
+            &|arm| optional(calibration_error(&arm.evaluation.by_confidence), &percent),
+            Some(&|arm| calibration_error(&arm.evaluation.by_confidence)),
+        ),
+        (
+            "best checkpoint",
+            "by held-out cross-entropy in training",
+            &|arm| {
+                arm.best
+                    .as_ref()
+                    .map_or(NONE.into(), |best| format!("step {} ({})", best.step, four(best.cross_entropy)))
+            },
+            None,
         ),
         ("held-out tokens", "", &|arm| thousands(arm.evaluation.token_count), None),
         ("parameters", "total", &|arm| short_count(arm.parameters_total), None),
@@ -164,6 +186,11 @@ fn training(page: &mut String, report: &Report) {
     held_out.settle = true;
     held_out.note =
         "While training, on `train.evaluate_tokens` of the held-out text; the table is on all of it.".into();
+    for curves in report.curves.iter().filter(|curves| !curves.averaged.is_empty()) {
+        let name = format!("{}, averaged", curves.role.name());
+        let (color, stroke) = (color(Role::Averaged), Stroke::Solid);
+        held_out.series.push(Series { name, color, stroke, points: points(&curves.averaged) });
+    }
     if let Some(teacher) = report.arm(Role::Teacher) {
         let value = teacher.evaluation.cross_entropy;
         held_out.levels.push(Level { name: "teacher".to_string(), color: color(Role::Teacher), value });
@@ -202,6 +229,12 @@ fn training(page: &mut String, report: &Report) {
     speed.from_zero = true;
 
     let mut charts = vec![held_out, labels, loss, weights, rate, norm, speed];
+    if report.curves.iter().any(|curves| !curves.imbalance.is_empty()) {
+        let mut load =
+            smooth_chart(report, "Load of the busiest expert", "times the even share", |curves| &curves.imbalance);
+        load.note = "In a step, the mean of the layers with experts; 1 is even.".to_string();
+        charts.push(load);
+    }
     let mut soft = smooth_chart(report, "Divergence from the teacher in training", NATS, |curves| &curves.soft_loss);
     if soft.series.iter().any(|series| !series.points.is_empty()) {
         soft.series.retain(|series| !series.points.is_empty());
@@ -217,6 +250,31 @@ fn training(page: &mut String, report: &Report) {
         let _ = writeln!(page, "<div class=\"card\">{}</div>", chart.figure());
     }
     page.push_str("</div>\n</section>\n");
+}
+
+/// Steps that a guard held back, when there are any.
+fn held_back(page: &mut String, report: &Report) {
+    const MOST: usize = 50;
+    let lines: Vec<&GuardMetrics> = report.curves.iter().flat_map(|curves| &curves.held_back).collect();
+    if lines.is_empty() {
+        return;
+    }
+    page.push_str("<section>\n<h2>Steps held back</h2>\n<div class=\"card scroll\"><table>\n");
+    page.push_str("<thead><tr><th>step</th><th>arm</th><th>why</th><th>what was done</th></tr></thead>\n<tbody>\n");
+    for line in lines.iter().take(MOST) {
+        let done = match (line.reaction, line.back_to) {
+            (Reaction::Rewind, Some(step)) => format!("went back to step {step}, and on with other sequences"),
+            (Reaction::Skip, _) => "skipped".to_string(),
+            _ => "the run ended".to_string(),
+        };
+        let (arm, reason) = (escape(&line.arm), escape(&line.reason));
+        let _ = writeln!(page, "<tr><th>{}</th><td>{arm}</td><td>{reason}</td><td>{done}</td></tr>", line.step);
+    }
+    page.push_str("</tbody></table></div>\n");
+    if lines.len() > MOST {
+        let _ = writeln!(page, "<p class=\"aside\">And {} more in metrics.jsonl.</p>", lines.len() - MOST);
+    }
+    page.push_str("</section>\n");
 }
 
 fn expert_load(page: &mut String, report: &Report) {
@@ -351,9 +409,10 @@ fn points(curve: &[(u64, f64)]) -> Vec<(f64, f64)> {
     curve.iter().map(|&(step, value)| (step as f64, value)).collect()
 }
 
-fn color(role: Role) -> Color {
+pub(super) fn color(role: Role) -> Color {
     match role {
         Role::Student => Color::Blue,
+        Role::Averaged => Color::Purple,
         Role::Control => Color::Orange,
         Role::Teacher => Color::Green,
     }
@@ -362,6 +421,7 @@ fn color(role: Role) -> Color {
 fn color_class(role: Role) -> &'static str {
     match role {
         Role::Student => "blue",
+        Role::Averaged => "purple",
         Role::Control => "orange",
         Role::Teacher => "green",
     }

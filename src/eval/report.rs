@@ -8,9 +8,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::eval::calibration::{ConfidenceBin, EntropyBin};
 use crate::eval::page;
 use crate::quantity::{NONE, decimal, percent, short_count, thousands};
-use crate::train::metrics::{Metric, number_or_nan, rows_or_nan};
+use crate::train::best::Best;
+use crate::train::metrics::{GuardMetrics, Metric, number_or_nan, rows_or_nan};
 
 /// Version of `report.json`.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -52,6 +54,8 @@ impl Fact {
 pub enum Role {
     /// Trained on the teacher's soft targets.
     Student,
+    /// The running mean of the student's weights.
+    Averaged,
     /// The same model, data, order and steps, trained on the labels alone.
     Control,
     Teacher,
@@ -62,6 +66,7 @@ impl Role {
     pub fn name(self) -> &'static str {
         match self {
             Role::Student => "student",
+            Role::Averaged => "averaged",
             Role::Control => "control",
             Role::Teacher => "teacher",
         }
@@ -81,6 +86,9 @@ pub struct Arm {
     pub train_seconds: Option<f64>,
     pub tokens_seen: Option<u64>,
     pub tokens_per_second: Option<f64>,
+    /// The checkpoint that measured best during training.
+    #[serde(default)]
+    pub best: Option<Best>,
 }
 
 /// Measures on the held-out text.
@@ -103,6 +111,12 @@ pub struct Evaluation {
     /// `[mixture-of-experts layers][experts]`: share of the tokens sent to each expert.
     #[serde(default, deserialize_with = "rows_or_nan")]
     pub expert_load: Vec<Vec<f64>>,
+    /// By how sure the teacher was; empty without a teacher.
+    #[serde(default)]
+    pub by_entropy: Vec<EntropyBin>,
+    /// By how sure this model was.
+    #[serde(default)]
+    pub by_confidence: Vec<ConfidenceBin>,
 }
 
 impl Evaluation {
@@ -148,6 +162,15 @@ pub struct Curves {
     pub grad_norm: Vec<(u64, f64)>,
     #[serde(default, deserialize_with = "points_or_nan")]
     pub tokens_per_second: Vec<(u64, f64)>,
+    /// Held-out cross-entropy of the running mean of the weights.
+    #[serde(default, deserialize_with = "points_or_nan")]
+    pub averaged: Vec<(u64, f64)>,
+    /// The largest share of a layer's tokens that one expert had, over the even share; the mean of the layers.
+    #[serde(default, deserialize_with = "points_or_nan")]
+    pub imbalance: Vec<(u64, f64)>,
+    /// Steps that a guard held back.
+    #[serde(default)]
+    pub held_back: Vec<GuardMetrics>,
 }
 
 impl Curves {
@@ -166,6 +189,9 @@ impl Curves {
             learning_rate: Vec::new(),
             grad_norm: Vec::new(),
             tokens_per_second: Vec::new(),
+            averaged: Vec::new(),
+            imbalance: Vec::new(),
+            held_back: Vec::new(),
         };
         for metric in metrics.iter().filter(|metric| metric.arm() == role.name()) {
             match metric {
@@ -180,12 +206,23 @@ impl Curves {
                     curves.learning_rate.push((line.step, line.learning_rate));
                     curves.grad_norm.push((line.step, line.grad_norm));
                     curves.tokens_per_second.push((line.step, line.tokens_per_second));
+                    curves.imbalance.extend(imbalance(&line.expert_load).map(|value| (line.step, value)));
                 }
-                Metric::Evaluation(line) => curves.held_out.push((line.step, line.cross_entropy)),
+                Metric::Evaluation(line) => {
+                    curves.held_out.push((line.step, line.cross_entropy));
+                    curves.averaged.extend(line.averaged_cross_entropy.map(|value| (line.step, value)));
+                }
+                Metric::Guard(line) => curves.held_back.push(line.clone()),
             }
         }
         curves
     }
+}
+
+/// The largest share over the even one, averaged over layers.
+fn imbalance(loads: &[Vec<f32>]) -> Option<f64> {
+    let of_layer = |load: &Vec<f32>| load.iter().fold(0.0f32, |a, &b| a.max(b)) as f64 * load.len() as f64;
+    (!loads.is_empty()).then(|| loads.iter().map(of_layer).sum::<f64>() / loads.len() as f64)
 }
 
 /// What the soft targets were and what they cost.

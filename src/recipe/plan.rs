@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::micro_batch_key::MicroBatch;
 use super::schema::{Dtype, Recipe, TeacherMode};
 use crate::cache::Codec;
 use crate::data::HeldOut;
@@ -124,6 +125,13 @@ impl MemoryEstimate {
         }
     }
 
+    /// Bytes of activations where each layer keeps its input alone, and one at a time has the rest.
+    pub fn checkpointed(student: &ModelSize, sequences: u64, seq_len: u64) -> u64 {
+        let one_layer = ModelSize { layers: 1, ..student.clone() };
+        let inputs = sequences.saturating_mul(seq_len).saturating_mul(student.hidden.saturating_mul(student.layers));
+        MemoryEstimate::new(&one_layer, None, sequences, seq_len).activations.saturating_add(inputs.saturating_mul(4))
+    }
+
     /// Bytes while the student is trained.
     pub fn training(&self) -> u64 {
         [self.weights, self.gradients, self.optimizer, self.activations]
@@ -176,7 +184,8 @@ impl Plan {
     pub fn new(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
         let run_dir = options.run_dir(recipe);
         let seq_len = recipe.data.seq_len as u64;
-        let micro_batch = recipe.train.micro_batch_tokens.unwrap_or(recipe.train.batch_tokens);
+        let micro_batch = recipe.train.micro_batch_tokens.and_then(MicroBatch::tokens);
+        let micro_batch = micro_batch.unwrap_or(recipe.train.batch_tokens);
         let mut arms = vec!["student".to_string()];
         if recipe.has_control() {
             arms.push("control".to_string());
@@ -229,6 +238,53 @@ impl Plan {
             self.warnings.push("the student is larger than its teacher".to_string());
         }
         (self.student, self.teacher) = (Some(student), teacher);
+    }
+
+    /// With `train.micro_batch_tokens = "auto"`, takes as many sequences at once as three quarters of `free` bytes hold, by
+    /// the estimate; the models' sizes must be known.
+    pub fn fit_micro_batch(&mut self, free: Option<u64>) {
+        let (Some(MicroBatch::Auto), Some(student)) = (self.recipe.train.micro_batch_tokens, &self.student) else {
+            return;
+        };
+        let Some(free) = free else {
+            self.warnings.push(
+                "the system does not say how much memory is free; train.micro_batch_tokens = \"auto\" \
+                                takes one sequence at a time"
+                    .to_string(),
+            );
+            return self.set_micro_batch(1);
+        };
+        let (seq_len, train) = (self.recipe.data.seq_len as u64, &self.recipe.train);
+        let needs = |sequences: u64| {
+            let mut memory = MemoryEstimate::new(student, None, sequences, seq_len);
+            if train.checkpoint_activations {
+                memory.activations = MemoryEstimate::checkpointed(student, sequences, seq_len);
+            }
+            // The running mean and the unrounded weights.
+            let more = train.ema.is_some() as u64 + (train.precision == Dtype::Bf16) as u64;
+            memory.training().saturating_add(memory.weights.saturating_mul(more))
+        };
+        let budget = free / 4 * 3;
+        let divisors =
+            (1..=self.sequences_per_step).rev().filter(|count| self.sequences_per_step.is_multiple_of(*count));
+        let fitting = divisors.into_iter().find(|&count| needs(count) <= budget);
+        if fitting.is_none() {
+            self.warnings.push(format!(
+                "one sequence at a time takes about {}, and {} are free",
+                short_bytes(needs(1)),
+                short_bytes(free)
+            ));
+        }
+        self.set_micro_batch(fitting.unwrap_or(1));
+    }
+
+    fn set_micro_batch(&mut self, sequences: u64) {
+        self.sequences_per_micro_batch = sequences;
+        self.micro_batches_per_step = self.sequences_per_step / sequences;
+        if let (Some(memory), Some(student)) = (&mut self.memory, &self.student) {
+            let again = MemoryEstimate::new(student, None, sequences, self.recipe.data.seq_len as u64);
+            memory.activations = again.activations;
+        }
     }
 
     /// Where the student's own predictions go, if the recipe asks for them.

@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::load::Origin;
+use super::micro_batch_key::MicroBatch;
+use super::student_init::StudentInit;
 use super::tap::TapSection;
+use super::training::{GuardsSection, RouterBalance};
 use crate::cache::Codec;
 use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
 use crate::loss::{Divergence, Tail, Weighting};
@@ -18,6 +21,8 @@ use crate::schedule::{LearningRate, Schedule};
 use crate::selection::Selection;
 use crate::targets::TargetKind;
 use crate::teacher::Spill;
+use crate::train::groups::ParameterGroup;
+use crate::train::optimizer::OptimizerKind;
 
 /// A whole recipe, with its defaults filled in and its paths absolute.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -217,6 +222,9 @@ pub struct StudentSection {
     pub shape: Option<Shape>,
     /// A Hugging Face model directory to go on from.
     pub checkpoint: Option<PathBuf>,
+    /// Beside `shape`: a model whose layers a new one begins with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<StudentInit>,
     /// Standard deviation of a new model's weights. Default 0.02.
     pub init_std: Option<f64>,
     /// Seed of a new model's weights. Default: the recipe's `seed`.
@@ -340,17 +348,35 @@ pub struct TrainSection {
     /// Tokens in one optimizer step; a multiple of `data.seq_len`.
     #[serde(deserialize_with = "deserialize_count")]
     pub batch_tokens: u64,
-    /// Tokens held in memory at once; a multiple of `data.seq_len` that divides `batch_tokens`. Default: all of them.
-    #[serde(default, deserialize_with = "deserialize_optional_count")]
-    pub micro_batch_tokens: Option<u64>,
+    /// Tokens held in memory at once: a multiple of `data.seq_len` that divides `batch_tokens`, or `"auto"` for as many as
+    /// the memory at hand allows. Default: all of them.
+    pub micro_batch_tokens: Option<MicroBatch>,
+    /// Keeps of each layer its input alone, and runs it once more in the backward pass. Default false.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub checkpoint_activations: bool,
     pub lr: LearningRateSection,
-    /// Decay of AdamW's two running means. Default `[0.9, 0.95]`.
+    /// How gradients become updates. Default `adamw`.
+    #[serde(default)]
+    pub optimizer: OptimizerKind,
+    /// Weights with a learning rate or a decay of their own, by patterns of their names. Default: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<ParameterGroup>,
+    /// What the model's weights are rounded to after each step; the optimizer keeps them in f32. Default `f32`.
+    #[serde(default, skip_serializing_if = "is_f32")]
+    pub precision: Dtype,
+    /// Decay of a running mean of the weights, which is measured and exported beside them. Default: no such mean.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
+    /// Decay of the two running means. Default `[0.9, 0.95]`.
     #[serde(default = "betas")]
     pub betas: [f64; 2],
     /// AdamW's epsilon. Default 1e-8.
     #[serde(default = "eps")]
     pub eps: f64,
-    /// Decoupled weight decay of matrices; norms are not decayed. Default 0.1.
+    /// Muon's momentum. Default 0.95.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// Decoupled weight decay of matrices; norms, biases and the embedding are not decayed. Default 0.1.
     #[serde(default = "weight_decay")]
     pub weight_decay: f64,
     /// Largest norm of the whole gradient; 0 for no limit. Default 1.
@@ -359,6 +385,15 @@ pub struct TrainSection {
     /// Weight of the loss that balances the load of experts. Default 0.001.
     #[serde(default = "router_aux_weight")]
     pub router_aux_weight: f64,
+    /// Weight of the loss that keeps the router's logits small. Default 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub router_z_weight: f64,
+    /// Balances the load of experts by a bias on their choice. Default: no such bias.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router_balance: Option<RouterBalance>,
+    /// What becomes of steps that went wrong. Default: the run stops where a number is not finite.
+    #[serde(default, skip_serializing_if = "super::training::is_default")]
+    pub guards: GuardsSection,
     /// Steps between checkpoints; 0 for one at the end only. Default 500.
     #[serde(default = "checkpoint_every")]
     pub checkpoint_every: u64,
@@ -373,6 +408,9 @@ pub struct TrainSection {
     /// Steps between lines of metrics.jsonl. Default 10.
     #[serde(default = "log_every")]
     pub log_every: u64,
+    /// Whether event files for TensorBoard are written into the run directory. Default false.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub tensorboard: bool,
 }
 
 /// `train.lr` and `control.lr`: warm-up, then a schedule over the rest of the run.
@@ -478,6 +516,15 @@ impl LearningRateSection {
     }
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+fn is_f32(dtype: &Dtype) -> bool {
+    *dtype == Dtype::F32
+}
 fn path_is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
