@@ -565,6 +565,36 @@ mod tests {
     }
 
     #[test]
+    fn a_micro_batch_takes_what_the_free_memory_holds() {
+        let student = ModelSize {
+            description: "llama4, 2 layers".into(),
+            total_parameters: 1000,
+            active_parameters: 600,
+            layers: 2,
+            hidden: 8,
+            heads: 2,
+            vocab: 50,
+        };
+        let sequences = |free: Option<u64>, more: &[&str]| {
+            let mut plan = plan(&[&["train.micro_batch_tokens=auto"], more].concat()).unwrap();
+            plan.set_models(student.clone(), None);
+            plan.fit_micro_batch(free);
+            (plan.sequences_per_micro_batch, plan.micro_batches_per_step, plan.warnings.len())
+        };
+        let needed = |sequences| MemoryEstimate::new(&student, None, sequences, 128).training();
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 + 8), &[]), (8, 1, 1));
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 - 8), &[]), (4, 2, 1), "a divisor of the 8 of a step");
+        // Too little even for one, or not known: one, and a warning.
+        assert_eq!(sequences(Some(1000), &[]), (1, 8, 2));
+        assert_eq!(sequences(None, &[]), (1, 8, 2));
+        let less = MemoryEstimate::checkpointed(&student, 8, 128);
+        assert!(less < MemoryEstimate::new(&student, None, 8, 128).activations);
+        let kept = Some(needed(8) / 3 * 4 - 8);
+        assert_eq!(sequences(kept, &["train.checkpoint_activations=true"]).0, 8, "recomputed layers take less");
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 + 8), &["train.ema=0.9"]).0, 4, "the mean takes memory too");
+    }
+
+    #[test]
     fn a_warm_up_as_long_as_the_epochs_is_refused() {
         let error = plan(&["train.lr.warmup=196"]).unwrap_err();
         assert_eq!(

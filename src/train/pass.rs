@@ -35,7 +35,8 @@ pub(super) struct Sums {
 }
 
 impl Pass<'_> {
-    /// Runs one micro-batch; `gather` is given its gradients, in one piece or in several that add up.
+    /// Runs one micro-batch; `gather` is given its gradients, in one piece or in several that add up. `None` when the hidden
+    /// states are not finite, which no loss is defined for.
     pub fn run(
         &self,
         model: &mut Decoder,
@@ -43,13 +44,16 @@ impl Pass<'_> {
         batch: &DistillBatch,
         tap: Option<(&mut dyn Tap, &Decoder)>,
         gather: &mut dyn FnMut(&mut Decoder, Gradients),
-    ) -> Result<Sums> {
+    ) -> Result<Option<Sums>> {
         if self.by_layers {
             return self.layers(model, balance, batch, tap, gather);
         }
         let layout = TokenLayout::of_batch(&model.config, batch);
         let (hidden, routings) = model.forward(&layout);
         self.show(tap, batch, &hidden)?;
+        if !is_finite(&hidden) {
+            return Ok(None);
+        }
         let mut output = self.loss.forward(self.step, hidden, model.lm_head(), batch)?;
         balance.count(&routings);
         let mut sum = output.sum.clone();
@@ -63,7 +67,7 @@ impl Pass<'_> {
         let balance = self.balance(balance, &routings);
         output.sum = sum.clone().inner();
         gather(model, sum.backward());
-        Ok(Sums { output, balance, router })
+        Ok(Some(Sums { output, balance, router }))
     }
 
     fn layers(
@@ -73,7 +77,7 @@ impl Pass<'_> {
         batch: &DistillBatch,
         tap: Option<(&mut dyn Tap, &Decoder)>,
         gather: &mut dyn FnMut(&mut Decoder, Gradients),
-    ) -> Result<Sums> {
+    ) -> Result<Option<Sums>> {
         let layout = TokenLayout::of_batch(&model.config, batch);
         let mut inputs = Vec::with_capacity(model.layer_count());
         let mut routings: Vec<Routing> = vec![];
@@ -90,6 +94,9 @@ impl Pass<'_> {
         };
         let hidden = model.final_norm(last.clone());
         self.show(tap, batch, &hidden)?;
+        if !is_finite(&hidden) {
+            return Ok(None);
+        }
         let mut output = self.loss.forward(self.step, hidden, model.lm_head(), batch)?;
         let mut gradients = output.sum.backward();
         output.sum = output.sum.inner();
@@ -116,7 +123,7 @@ impl Pass<'_> {
         let sum = (model.embed(&layout) * Tensor::from_inner(slope)).sum();
         gather(model, sum.backward());
         let balance = self.balance(balance, &routings);
-        Ok(Sums { output, balance, router })
+        Ok(Some(Sums { output, balance, router }))
     }
 
     fn show(&self, tap: Option<(&mut dyn Tap, &Decoder)>, batch: &DistillBatch, hidden: &Tensor<2>) -> Result<()> {
@@ -133,4 +140,9 @@ impl Pass<'_> {
         });
         (!routings.is_empty()).then(|| losses.sum::<f64>() / routings.len() as f64)
     }
+}
+
+/// Whether all of some normed hidden states are numbers: their sum is one then, for none of them is large.
+fn is_finite(hidden: &Tensor<2>) -> bool {
+    scalar(&hidden.clone().inner().sum()).is_finite()
 }

@@ -233,7 +233,12 @@ impl Trainer {
             };
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let mut gather = |model: &mut Decoder, gradients| optimizer.gather(model, gradients);
-            let Sums { output, balance, router } = pass.run(model, &mut self.balance, &batch, shown, &mut gather)?;
+            let found = pass.run(model, &mut self.balance, &batch, shown, &mut gather)?;
+            let Some(Sums { output, balance, router }) = found else {
+                // The other micro-batches are taken all the same, so that the next step begins with its own.
+                loss_sum = f64::NAN;
+                continue;
+            };
             loss_sum += output.value + router;
             if let Some(value) = balance {
                 *aux_sum.get_or_insert(0.0) += value;

@@ -22,6 +22,7 @@ use limbeck::selection::Selection;
 use limbeck::targets::{DistillBatch, PackedSequence, SparseTargets, TargetSource};
 use limbeck::teacher::ResidentTeacher;
 use limbeck::train::balance::RouterConfig;
+use limbeck::train::config::Evaluate;
 use limbeck::train::metrics::{EvalMetrics, Metric, read_metrics};
 use limbeck::train::order::SequenceOrder;
 use limbeck::train::{TrainConfig, TrainOutput, Trainer};
@@ -52,6 +53,13 @@ impl Source {
         let targets =
             ResidentTeacher::new(teacher, Selection::TopK { k: 8 }, &[1.0]).unwrap().targets(&sequences, 0).unwrap();
         Source { sequences, targets, evaluations: AtomicU64::new(0), stop_at: None, weights: BTreeMap::new() }
+    }
+
+    /// The first sequences alone, which a short training comes back to.
+    pub fn first(mut self, count: usize) -> Source {
+        self.sequences.truncate(count);
+        self.targets.truncate(count);
+        self
     }
 
     /// Asks to stop at an evaluation of the next training, counted from 1.
@@ -113,17 +121,46 @@ pub fn config() -> TrainConfig {
 }
 
 pub fn trainer(config: TrainConfig, layers: usize) -> Trainer {
+    trainer_over(config, layers, Source::new().sequence_count())
+}
+
+/// As [`trainer`], over some number of sequences.
+fn trainer_over(config: TrainConfig, layers: usize, sequence_count: u64) -> Trainer {
     let student = scout(layers, VOCAB).decoder(Path::new("student")).unwrap();
     let tracked = Device::flex().autodiff();
     let student = Decoder::load(student, &RandomWeights { seed: 11, std: 0.05 }, &tracked).unwrap();
     let weighting = Weighting::Linear { from: 0.9, to: 0.5 };
     let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(weighting, config.steps).init().unwrap();
-    Trainer::new(config, student, loss, Source::new().sequence_count()).unwrap()
+    Trainer::new(config, student, loss, sequence_count).unwrap()
+}
+
+/// Measures on some held-out text, and asks to stop where the source says so.
+pub fn evaluation<'a>(source: &'a Source, held_out: &'a Source) -> Evaluate<'a> {
+    Box::new(move |model: &Decoder| {
+        let number = source.evaluations.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some((last, stop)) = &source.stop_at
+            && *last == number
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
+        let measured = evaluate(model, held_out, 3.0, Some(64))?;
+        Ok(EvalMetrics {
+            arm: String::new(),
+            step: 0,
+            cross_entropy: measured.cross_entropy,
+            perplexity: measured.perplexity,
+            bits_per_byte: measured.bits_per_byte,
+            kl_to_teacher: measured.kl_to_teacher,
+            top1_agreement: measured.top1_agreement,
+            averaged_cross_entropy: None,
+            averaged_kl_to_teacher: None,
+        })
+    })
 }
 
 /// Trains in a directory from where it stands to the end, or until the source asks to stop.
 pub fn train(dir: &Path, config: TrainConfig, source: &Source) -> Result<()> {
-    let mut trainer = trainer(config, 2).resume(dir, &Device::flex().autodiff())?;
+    let mut trainer = trainer_over(config, 2, source.sequence_count()).resume(dir, &Device::flex().autodiff())?;
     let held_out = Source::new();
     let output = TrainOutput {
         dir: dir.to_path_buf(),
@@ -133,26 +170,7 @@ pub fn train(dir: &Path, config: TrainConfig, source: &Source) -> Result<()> {
         progress: Progress::silent(),
         stop: source.stop_at.as_ref().map(|(_, stop)| stop.clone()).unwrap_or_default(),
         tap: None,
-        evaluate: Some(Box::new(|model: &Decoder| {
-            let number = source.evaluations.fetch_add(1, Ordering::Relaxed) + 1;
-            if let Some((last, stop)) = &source.stop_at
-                && *last == number
-            {
-                stop.store(true, Ordering::Relaxed);
-            }
-            let measured = evaluate(model, &held_out, 3.0, Some(64))?;
-            Ok(EvalMetrics {
-                arm: String::new(),
-                step: 0,
-                cross_entropy: measured.cross_entropy,
-                perplexity: measured.perplexity,
-                bits_per_byte: measured.bits_per_byte,
-                kl_to_teacher: measured.kl_to_teacher,
-                top1_agreement: measured.top1_agreement,
-                averaged_cross_entropy: None,
-                averaged_kl_to_teacher: None,
-            })
-        })),
+        evaluate: Some(evaluation(source, &held_out)),
     };
     trainer.run(source, output)
 }
