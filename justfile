@@ -44,6 +44,11 @@ cuda-check:
 quickstart:
     cargo run --release -- distill recipes/quickstart/scout.toml
 
+# Distil SmolLM2-135M by every weighting, from every kind of cache, with two seeds; many hours on two cores
+proof out="runs/proof" *more="":
+    cargo build --release
+    benches/proof/run.sh {{out}} {{more}}
+
 # All that continuous integration runs
 ci:
     .ci/run

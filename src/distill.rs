@@ -135,7 +135,7 @@ impl Run<'_> {
             guards: train.guards.clone(),
             average: train.ema,
             checkpoint_activations: train.checkpoint_activations,
-            seed: recipe.seed,
+            seed: train.seed.unwrap_or(recipe.seed),
             checkpoint_every: train.checkpoint_every,
             keep_checkpoints: train.keep_checkpoints,
             log_every: train.log_every,

@@ -170,7 +170,7 @@ fn an_unknown_key_is_named_with_its_line_and_the_likely_one() {
         "line 19: `sequences_per` is not a key of [train]; the keys of [train] are `steps`, `epochs`, `batch_tokens`, \
          `micro_batch_tokens`, `checkpoint_activations`, `lr`, `optimizer`, `groups`, `precision`, `ema`, `betas`, `eps`, \
          `momentum`, `weight_decay`, `clip_norm`, `router_aux_weight`, `router_z_weight`, `router_balance`, `guards`, \
-         `checkpoint_every`, `evaluate_every`, `evaluate_tokens`, `keep_checkpoints`, `log_every`, `tensorboard`"
+         `seed`, `checkpoint_every`, `evaluate_every`, `evaluate_tokens`, `keep_checkpoints`, `log_every`, `tensorboard`"
     );
     assert_eq!(
         mistake_in("steps = 100", "steps = 100\ntop_k = 3"),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use limbeck::eval::calibration::{ByConfidence, ByEntropy};
 use limbeck::eval::report::{Arm, CacheFacts, Curves, Evaluation, Fact, Histogram, Report, Role, Winner};
 use limbeck::train::best::Best;
 use limbeck::train::metrics::{EvalMetrics, Metric, MetricsWriter, StepMetrics, read_metrics};
@@ -73,6 +74,11 @@ fn log(path: &Path, arm: &str, resume_step: Option<u64>, steps: std::ops::Range<
 fn arm(role: Role, name: &str, cross_entropy: f64) -> Arm {
     let trained = role != Role::Teacher;
     let load = |layer: u64| (0..16).map(move |expert| 1.0 + ((expert * 5 + layer * 11) % 7) as f64 * 0.3);
+    let (mut by_entropy, mut by_confidence) = (ByEntropy::default(), ByConfidence::default());
+    for token in 0..400 {
+        by_entropy.add(token as f64 / 50.0, 0.1 + token as f64 / 800.0, token % 5 < 3);
+        by_confidence.add(token as f64 / 400.0, token % 400 > 220);
+    }
     Arm {
         role,
         name: name.to_string(),
@@ -81,6 +87,8 @@ fn arm(role: Role, name: &str, cross_entropy: f64) -> Arm {
         evaluation: Evaluation {
             kl_to_teacher: trained.then_some(0.5123),
             top1_agreement: trained.then_some(0.6123),
+            by_entropy: if trained { by_entropy.bins() } else { vec![] },
+            by_confidence: by_confidence.bins(),
             expert_load: (0..4).map(|layer| load(layer).map(|x| x / load(layer).sum::<f64>()).collect()).collect(),
             ..Evaluation::from_sums(cross_entropy * 20_480.0, 20_480, 61_000)
         },
@@ -235,6 +243,11 @@ fn the_page_is_whole_in_itself_and_well_formed() {
         "Tail mass",
     ] {
         assert!(html.contains(part), "{part}");
+    }
+    for part in
+        ["By the teacher&#39;s entropy", "Reliability", "Expected calibration error: student ", "best checkpoint"]
+    {
+        assert!(html.contains(&part.replace("&#39;", "'")) || html.contains(part), "{part}");
     }
     for part in ["Expert load", "Learning rate", "Gradient norm", "Throughput", "divergence = &quot;forward_kl&quot;"] {
         assert!(html.contains(part), "{part}");

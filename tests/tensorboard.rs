@@ -22,7 +22,7 @@ fn checksum(data: &[u8]) -> u32 {
 
 fn masked(data: &[u8]) -> u32 {
     let crc = checksum(data);
-    ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 fn number(bytes: &[u8]) -> u64 {

@@ -1,13 +1,15 @@
-//! Charts of how a model judges: how far it is from its teacher where that was sure and where it was not, and how often it
-//! is right when it is sure.
+//! Parts of the report on what was judged: how far a model is from its teacher where that was sure and where it was not, how
+//! often it is right when it is sure, and which steps of its training were held back.
 
 use std::fmt::Write as _;
 
 use crate::eval::calibration::{EntropyBin, calibration_error};
-use crate::eval::chart::{Color, LineChart, Series, Stroke};
+use crate::eval::chart::{Color, LineChart, Series, Stroke, escape};
 use crate::eval::page::color;
 use crate::eval::report::{Arm, Report, Role};
 use crate::quantity::percent;
+use crate::train::guard::Reaction;
+use crate::train::metrics::GuardMetrics;
 
 /// The sections that the measures of the arms are enough for.
 pub(super) fn sections(page: &mut String, report: &Report) {
@@ -62,4 +64,29 @@ fn series(arm: &Arm, points: impl Iterator<Item = (f64, f64)>) -> Series {
 /// Where a bin is drawn; the last has no end, and is as wide as the one before it.
 fn middle(bin: &EntropyBin) -> f64 {
     bin.to.map_or(bin.from + 1.0, |to| (bin.from + to) / 2.0)
+}
+
+/// Steps that a guard held back, when there are any.
+pub(super) fn held_back(page: &mut String, report: &Report) {
+    const MOST: usize = 50;
+    let lines: Vec<&GuardMetrics> = report.curves.iter().flat_map(|curves| &curves.held_back).collect();
+    if lines.is_empty() {
+        return;
+    }
+    page.push_str("<section>\n<h2>Steps held back</h2>\n<div class=\"card scroll\"><table>\n");
+    page.push_str("<thead><tr><th>step</th><th>arm</th><th>why</th><th>what was done</th></tr></thead>\n<tbody>\n");
+    for line in lines.iter().take(MOST) {
+        let done = match (line.reaction, line.back_to) {
+            (Reaction::Rewind, Some(step)) => format!("went back to step {step}, and on with other sequences"),
+            (Reaction::Skip, _) => "skipped".to_string(),
+            _ => "the run ended".to_string(),
+        };
+        let (arm, reason) = (escape(&line.arm), escape(&line.reason));
+        let _ = writeln!(page, "<tr><th>{}</th><td>{arm}</td><td>{reason}</td><td>{done}</td></tr>", line.step);
+    }
+    page.push_str("</tbody></table></div>\n");
+    if lines.len() > MOST {
+        let _ = writeln!(page, "<p class=\"aside\">And {} more in metrics.jsonl.</p>", lines.len() - MOST);
+    }
+    page.push_str("</section>\n");
 }

@@ -8,6 +8,7 @@ pub mod cache_page;
 pub mod calibration;
 pub mod chart;
 pub mod compare;
+mod curves;
 pub mod held_out;
 mod judgement;
 mod page;

@@ -9,8 +9,6 @@ use crate::eval::chart::{self, Color, HeatMap, HistogramChart, Level, LineChart,
 use crate::eval::judgement;
 use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Histogram, Report, Role, Winner};
 use crate::quantity::{NONE, clock, decimal, percent, short_bytes, short_count, thousands};
-use crate::train::guard::Reaction;
-use crate::train::metrics::GuardMetrics;
 
 const STYLE: &str = include_str!("page.css");
 
@@ -21,7 +19,7 @@ pub(super) fn html(report: &Report) -> String {
     header(&mut page, report);
     comparison(&mut page, report);
     training(&mut page, report);
-    held_back(&mut page, report);
+    judgement::held_back(&mut page, report);
     judgement::sections(&mut page, report);
     expert_load(&mut page, report);
     cache(&mut page, report);
@@ -250,31 +248,6 @@ fn training(page: &mut String, report: &Report) {
         let _ = writeln!(page, "<div class=\"card\">{}</div>", chart.figure());
     }
     page.push_str("</div>\n</section>\n");
-}
-
-/// Steps that a guard held back, when there are any.
-fn held_back(page: &mut String, report: &Report) {
-    const MOST: usize = 50;
-    let lines: Vec<&GuardMetrics> = report.curves.iter().flat_map(|curves| &curves.held_back).collect();
-    if lines.is_empty() {
-        return;
-    }
-    page.push_str("<section>\n<h2>Steps held back</h2>\n<div class=\"card scroll\"><table>\n");
-    page.push_str("<thead><tr><th>step</th><th>arm</th><th>why</th><th>what was done</th></tr></thead>\n<tbody>\n");
-    for line in lines.iter().take(MOST) {
-        let done = match (line.reaction, line.back_to) {
-            (Reaction::Rewind, Some(step)) => format!("went back to step {step}, and on with other sequences"),
-            (Reaction::Skip, _) => "skipped".to_string(),
-            _ => "the run ended".to_string(),
-        };
-        let (arm, reason) = (escape(&line.arm), escape(&line.reason));
-        let _ = writeln!(page, "<tr><th>{}</th><td>{arm}</td><td>{reason}</td><td>{done}</td></tr>", line.step);
-    }
-    page.push_str("</tbody></table></div>\n");
-    if lines.len() > MOST {
-        let _ = writeln!(page, "<p class=\"aside\">And {} more in metrics.jsonl.</p>", lines.len() - MOST);
-    }
-    page.push_str("</section>\n");
 }
 
 fn expert_load(page: &mut String, report: &Report) {

@@ -118,7 +118,12 @@ fn check_name(recipe: &Recipe) -> Result<()> {
         let tip = "use letters, digits, `_`, `-` and `.`, for it names a directory";
         return Err(recipe.error("name", format!("is {name:?}"), tip));
     }
-    for (key, seed) in [("seed", Some(recipe.seed)), ("student.init_seed", recipe.student.init_seed)] {
+    let seeds = [
+        ("seed", Some(recipe.seed)),
+        ("student.init_seed", recipe.student.init_seed),
+        ("train.seed", recipe.train.seed),
+    ];
+    for (key, seed) in seeds {
         if let Some(seed) = seed.filter(|seed| *seed > i64::MAX as u64) {
             return Err(recipe.error(key, format!("is {seed}"), format!("use at most {}", i64::MAX)));
         }

@@ -10,6 +10,7 @@ mod check;
 mod divergence_key;
 mod keys;
 mod load;
+mod memory;
 mod memory_key;
 mod micro_batch_key;
 mod plan;
@@ -19,6 +20,7 @@ mod selection_key;
 mod student;
 mod student_init;
 mod tap;
+mod train_section;
 mod training;
 mod url_key;
 
