@@ -17,6 +17,7 @@ pub mod llama4;
 pub mod parameter;
 pub mod rope;
 pub mod routed;
+pub mod upcycling;
 
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, Layer, LayerOutput};
