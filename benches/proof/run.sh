@@ -19,6 +19,8 @@ seeds=${SEEDS:-1 2}
 weightings=${WEIGHTINGS:-constant linear cosine wsd magnitude_match gradient_norm uncertainty teacher_confidence teacher_entropy student_gap taid llama4}
 caches=${CACHES:-top_k sampled compact}
 mkdir -p "$out"
+# Paths in --set are taken from the recipe's folder.
+out=$(cd "$out" && pwd)
 
 # What is kept of a prediction. Every cache but the first takes what it can from the first.
 cache_keys() {
@@ -33,7 +35,7 @@ weighting_keys() {
     case $1 in
     constant) echo "--set loss.weighting={kind=\"constant\",soft=0.7}" ;;
     linear | cosine | wsd) echo "--set loss.weighting={kind=\"$1\",from=0.9,to=0.5}" ;;
-    taid) echo "--set loss.weighting={kind=\"taid\"} --set loss.divergence=taid" ;;
+    taid) echo "--set loss.weighting={kind=\"taid\"} --set loss.divergence={kind=\"taid\",teacher=1.0}" ;;
     *) echo "--set loss.weighting={kind=\"$1\"}" ;;
     esac
 }

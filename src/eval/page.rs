@@ -186,7 +186,8 @@ fn training(page: &mut String, report: &Report) {
         "While training, on `train.evaluate_tokens` of the held-out text; the table is on all of it.".into();
     for curves in report.curves.iter().filter(|curves| !curves.averaged.is_empty()) {
         let name = format!("{}, averaged", curves.role.name());
-        let (color, stroke) = (color(Role::Averaged), Stroke::Solid);
+        let stroke = if curves.role == Role::Control { Stroke::Dashed } else { Stroke::Solid };
+        let color = color(Role::Averaged);
         held_out.series.push(Series { name, color, stroke, points: points(&curves.averaged) });
     }
     if let Some(teacher) = report.arm(Role::Teacher) {
