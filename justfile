@@ -20,6 +20,10 @@ test:
 crash-campaign kills="1000":
     LIMBECK_TEST_KILLS={{kills}} cargo test --test cache_kill killing_writers -- --nocapture
 
+# Stop training at random steps, by SIGINT, SIGTERM and SIGKILL; `cargo test` does so six times
+kill-campaign kills="60":
+    LIMBECK_TEST_TRAIN_KILLS={{kills}} cargo test --test train_kill stopping -- --nocapture
+
 # Throw damaged bytes at everything that reads a cache; `cargo test` does so with a sample of them
 fuzz-cache cases="10000000":
     LIMBECK_FUZZ_CASES={{cases}} cargo test --lib cache::fuzz_tests -- --nocapture
@@ -39,6 +43,11 @@ cuda-check:
 # Distil the bundled teacher; minutes on two cores
 quickstart:
     cargo run --release -- distill recipes/quickstart/scout.toml
+
+# Distil SmolLM2-135M by every weighting, from every kind of cache, with two seeds; many hours on two cores
+proof out="runs/proof" *more="":
+    cargo build --release
+    benches/proof/run.sh {{out}} {{more}}
 
 # All that continuous integration runs
 ci:

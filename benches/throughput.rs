@@ -23,7 +23,7 @@ use limbeck::{
     selection::Selection,
     targets::{Capture, DistillBatch, PackedSequence, SparseTargets, TargetKind, TargetSource},
     teacher::ResidentTeacher,
-    train::{TrainConfig, Trainer, optimizer::OptimizerConfig},
+    train::{TrainConfig, Trainer, balance::RouterConfig},
 };
 use limbeck_kernels::packed_matmul::Numbers;
 
@@ -190,16 +190,15 @@ fn student(
         sequences_per_step: batch as u64,
         sequences_per_micro_batch: batch as u64,
         learning_rate: LearningRate { warmup: 0, schedule: Schedule::Constant { value: 1e-4 } },
-        optimizer: OptimizerConfig { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip_norm: 1.0 },
-        router_aux_weight: 0.001,
+        router: RouterConfig { balance_weight: 0.001, ..RouterConfig::default() },
         seed: 1,
         checkpoint_every: 0,
         keep_checkpoints: 0,
         log_every: 0,
         evaluate_every: 0,
-        data: String::new(),
+        ..TrainConfig::default()
     };
-    let mut trainer = Trainer::new(train, model, loss, batch as u64);
+    let mut trainer = Trainer::new(train, model, loss, batch as u64)?;
     trainer.train_step(&source)?;
     if turns {
         return take_turns(|_| trainer.train_step(&source).map(drop));

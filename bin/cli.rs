@@ -49,6 +49,11 @@ pub enum Command {
     /// Measure the latest checkpoints of a run on its held-out text again
     Evaluate(EvaluateArgs),
 
+    /// Put runs beside each other: a table of their held-out results, and their curves in one page
+    ///
+    /// Reads what the runs left; one that is still training is shown as far as it is.
+    Compare(CompareArgs),
+
     /// Estimate what the teacher's pass of a recipe takes on some hardware: memory, time, and the way to run it
     ///
     /// Computed from shapes and rates, without loading anything; docs/planning.md has the arithmetic. Ways that do not fit are
@@ -134,6 +139,21 @@ pub struct EvaluateArgs {
     /// Print the plan and stop
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// Run directories
+    #[arg(value_name = "RUN", required = true)]
+    pub runs: Vec<PathBuf>,
+
+    /// Write a page with the table and the students' curves over each other
+    #[arg(long, value_name = "OUT.html")]
+    pub html: Option<PathBuf>,
+
+    /// Write the measures of all arms as comma-separated values
+    #[arg(long, value_name = "OUT.csv")]
+    pub csv: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 mod cache;
 mod cli;
+mod compare;
 mod completions;
 mod distill;
 mod evaluate;
@@ -47,6 +48,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Distill(args) => distill::run(&args),
         Command::Evaluate(args) if args.dry_run => plan::run(&args.target, &args.run),
         Command::Evaluate(args) => evaluate::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Cache(args) => cache::run(&args),
         Command::Tokenizer(args) => match args.command {

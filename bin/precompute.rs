@@ -7,12 +7,12 @@ use limbeck::run::RunOptions;
 
 use crate::cli::PrecomputeArgs;
 use crate::output::print;
-use crate::setup::{recipe_and_options, stop_on_ctrl_c};
+use crate::setup::{recipe_and_options, stop_on_signals};
 
 pub fn run(args: &PrecomputeArgs) -> Result<()> {
     let (recipe, options) = recipe_and_options(&args.run.recipe, &args.run.run)?;
     let options = RunOptions { part: args.shard, ..options };
-    stop_on_ctrl_c(&options.stop)?;
+    stop_on_signals(&options.stop)?;
     let precomputed = limbeck::precompute::run_part(&recipe, &options)?;
     if !precomputed.is_first {
         return Ok(());

@@ -1,4 +1,4 @@
-//! From what was typed to a recipe and the options of its run; logging and Ctrl-C.
+//! From what was typed to a recipe and the options of its run; logging and signals.
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -48,8 +48,9 @@ pub fn recipe_and_options(target: &Path, flags: &RunFlags) -> Result<(Recipe, Ru
     Ok((recipe, options))
 }
 
-/// Makes the first Ctrl-C ask the run to stop, and the second one end it at once.
-pub fn stop_on_ctrl_c(stop: &Arc<AtomicBool>) -> Result<()> {
+/// Makes the first Ctrl-C, or the first SIGTERM of a scheduler, ask the run to stop, and the second one end it at once.
+/// A terminal that hangs up is left to `nohup` and the shell.
+pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     let stop = stop.clone();
     let handler = move || {
         if stop.swap(true, Ordering::Relaxed) {
@@ -60,7 +61,20 @@ pub fn stop_on_ctrl_c(stop: &Arc<AtomicBool>) -> Result<()> {
         }
         eprintln!("stopping as soon as the state is saved; press Ctrl-C again to stop at once");
     };
-    ctrlc::set_handler(handler).map_err(|error| {
-        Error::usage(format!("Ctrl-C cannot be handled: {error}"), "run in an ordinary terminal session")
+    on_signals(handler).map_err(|problem| {
+        Error::usage(format!("signals cannot be handled: {problem}"), "run in an ordinary terminal session")
     })
+}
+
+#[cfg(unix)]
+fn on_signals(handler: impl Fn() + Send + 'static) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+    std::thread::spawn(move || signals.forever().for_each(|_| handler()));
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn on_signals(handler: impl Fn() + Send + 'static) -> Result<(), ctrlc::Error> {
+    ctrlc::set_handler(handler)
 }

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 
 use crate::{
     cache::{CacheReader, Summary, TeacherIdentity, TokenizerIdentity},
-    checkpoint::{CheckpointReader, latest_checkpoint},
+    checkpoint::{CheckpointReader, TrainState, latest_checkpoint},
     error::{Error, Result},
     eval::{
         cache_page,
@@ -15,10 +15,10 @@ use crate::{
     },
     inputs::Inputs,
     loss::{DistillLossConfig, Weighting},
-    models::{Decoder, RandomWeights},
+    models::{Decoder, RandomWeights, parameter::CheckpointWeights},
     precompute::{self, Caches},
     progress::{Progress, Unit},
-    recipe::Recipe,
+    recipe::{MicroBatch, Recipe},
     run::RunOptions,
     selection::Selection,
     tap::CacheTap,
@@ -26,7 +26,7 @@ use crate::{
     train::{
         TrainConfig, TrainOutput, Trainer,
         metrics::{EvalMetrics, read_metrics},
-        optimizer::OptimizerConfig,
+        trainer::AVERAGE_DIR,
     },
 };
 
@@ -94,8 +94,15 @@ impl Run<'_> {
             Some(checkpoint) => Decoder::open(checkpoint, &tracked),
             None => {
                 let seed = student.init_seed.unwrap_or(self.recipe.seed);
-                let weights = RandomWeights { seed, std: student.init_std() };
-                Decoder::load(self.inputs.student.clone(), &weights, &tracked)
+                let fresh = RandomWeights { seed, std: student.init_std() };
+                match (&student.init, self.recipe.upcycling(&self.inputs.student)?) {
+                    (Some(init), Some(upcycling)) => {
+                        let reader = CheckpointReader::open(&init.from)?;
+                        let donor = CheckpointWeights::new(&reader);
+                        Decoder::load(self.inputs.student.clone(), &upcycling.weights(&donor), &tracked)
+                    }
+                    _ => Decoder::load(self.inputs.student.clone(), &fresh, &tracked),
+                }
             }
         }
     }
@@ -122,21 +129,20 @@ impl Run<'_> {
             sequences_per_step: plan.sequences_per_step,
             sequences_per_micro_batch: plan.sequences_per_micro_batch,
             learning_rate,
-            optimizer: OptimizerConfig {
-                betas: train.betas,
-                eps: train.eps,
-                weight_decay: train.weight_decay,
-                clip_norm: train.clip_norm,
-            },
-            router_aux_weight: train.router_aux_weight,
-            seed: recipe.seed,
+            automatic_micro_batch: train.micro_batch_tokens == Some(MicroBatch::Auto),
+            optimizer: train.optimizer(),
+            router: train.router(),
+            guards: train.guards.clone(),
+            average: train.ema,
+            checkpoint_activations: train.checkpoint_activations,
+            seed: train.seed.unwrap_or(recipe.seed),
             checkpoint_every: train.checkpoint_every,
             keep_checkpoints: train.keep_checkpoints,
             log_every: train.log_every,
             evaluate_every: train.evaluate_every.unwrap_or(train.checkpoint_every),
             data: self.caches.train.manifest().root.clone(),
         };
-        let trainer = Trainer::new(config, self.student()?, loss, self.caches.train.sequence_count());
+        let trainer = Trainer::new(config, self.student()?, loss, self.caches.train.sequence_count())?;
         trainer.resume(&self.arm_dir(role), &self.device.clone().autodiff())
     }
 
@@ -150,6 +156,7 @@ impl Run<'_> {
             dir: self.arm_dir(role),
             files: self.inputs.tokenizer_files()?,
             metrics: self.metrics(),
+            tensorboard: train.tensorboard.then(|| plan.run_dir.join("tensorboard")),
             progress: Progress::new(role.name(), plan.trained_tokens, Unit::Tokens),
             stop: self.options.stop.clone(),
             tap: tap.as_mut().map(|tap| tap as _),
@@ -166,6 +173,8 @@ impl Run<'_> {
                         bits_per_byte: measured.bits_per_byte,
                         kl_to_teacher: measured.kl_to_teacher,
                         top1_agreement: measured.top1_agreement,
+                        averaged_cross_entropy: None,
+                        averaged_kl_to_teacher: None,
                     })
                 }) as _
             }),
@@ -181,7 +190,17 @@ impl Run<'_> {
         let train = &self.caches.train.manifest().settings;
         let start = match &recipe.student.checkpoint {
             Some(checkpoint) => CheckpointReader::open(checkpoint)?.fingerprint()?,
-            None => format!("{} {}", recipe.student.init_seed.unwrap_or(recipe.seed), recipe.student.init_std()),
+            None => {
+                let fresh =
+                    format!("{} {}", recipe.student.init_seed.unwrap_or(recipe.seed), recipe.student.init_std());
+                match &recipe.student.init {
+                    None => fresh,
+                    Some(init) => {
+                        let donor = CheckpointReader::open(&init.from)?.fingerprint()?;
+                        format!("{fresh} {donor} {:?}", init.layers)
+                    }
+                }
+            }
         };
         let run = serde_json::json!([trainer.identity(), start]);
         let steps = section.steps(plan.steps, plan.sequences_per_step);
@@ -215,6 +234,10 @@ impl Run<'_> {
             };
             let curves = Curves::from_metrics(role, &metrics);
             report.arms.extend(self.arm(role, &checkpoint, &curves)?);
+            // The control is there to compare the student with, as it was trained.
+            if role == Role::Student && checkpoint.join(AVERAGE_DIR).is_dir() {
+                report.arms.extend(self.arm(Role::Averaged, &checkpoint.join(AVERAGE_DIR), &curves)?);
+            }
             report.curves.push(curves);
         }
         if let (Some(held_out), Some(teacher)) = (&self.caches.held_out, &self.inputs.teacher) {
@@ -228,6 +251,7 @@ impl Run<'_> {
                 train_seconds: None,
                 tokens_seen: None,
                 tokens_per_second: None,
+                best: None,
             });
         }
         if self.caches.held_out.is_some() && self.recipe.has_soft_targets() {
@@ -260,7 +284,10 @@ impl Run<'_> {
         let rates: Vec<f64> =
             curves.tokens_per_second.iter().map(|&(_, rate)| rate).filter(|rate| rate.is_finite()).collect();
         let mean_rate = (!rates.is_empty()).then(|| rates.len() as f64 / rates.iter().map(|r| 1.0 / r).sum::<f64>());
-        let tokens_seen = crate::checkpoint::TrainState::load(checkpoint)?.tokens_seen;
+        // The running mean lies in the checkpoint of the weights.
+        let trained = if role == Role::Averaged { checkpoint.parent().expect("it is in one") } else { checkpoint };
+        let state = TrainState::load(trained)?;
+        let tokens_seen = state.tokens_seen;
         Ok(Some(Arm {
             role,
             name: self.recipe.name.clone(),
@@ -270,6 +297,7 @@ impl Run<'_> {
             train_seconds: mean_rate.map(|rate| tokens_seen as f64 / rate),
             tokens_seen: Some(tokens_seen),
             tokens_per_second: mean_rate,
+            best: serde_json::from_value(state.values["best"].clone()).unwrap_or_default(),
         }))
     }
 

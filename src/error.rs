@@ -53,6 +53,10 @@ pub enum Error {
     #[error("{what} is not finite; {tip}")]
     NotFinite { what: String, tip: String },
 
+    /// Training went wrong, and what was asked for in such a case is to end.
+    #[error("{what}; {tip}")]
+    Diverged { what: String, tip: String },
+
     /// One of the devices or processes that work on a model together failed, or was lost.
     #[error("rank {rank} failed, seen by rank {seen_by} in {operation}: {failure}")]
     Rank { rank: usize, seen_by: usize, operation: String, failure: String },

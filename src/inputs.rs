@@ -8,9 +8,9 @@ use crate::{
     data::{DataConfig, HeldOut},
     durable,
     error::{Error, Result},
-    hub,
+    hub, memory,
     models::{DecoderConfig, read_config},
-    recipe::{ModelSize, Plan, Recipe},
+    recipe::{MicroBatch, ModelSize, Plan, Recipe},
     run::RunOptions,
     tokenizer::Tokenizer,
 };
@@ -65,6 +65,20 @@ impl Inputs {
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;
         let mut plan = Plan::new(recipe, options)?;
         plan.set_models(size(&student), teacher.as_ref().map(size));
+        if recipe.train.micro_batch_tokens == Some(MicroBatch::Auto) {
+            if options.device != "cpu" {
+                let problem =
+                    format!("is \"auto\", and the free memory of `--device {}` is not known here", options.device);
+                return Err(recipe.error("train.micro_batch_tokens", problem, "give a number of tokens"));
+            }
+            plan.fit_micro_batch(memory::free());
+        }
+        if let Some(upcycling) = recipe.upcycling(&student)?
+            && !upcycling.keeps_the_function()
+        {
+            plan.warnings
+                .push("the student begins with parts of student.init.from, and computes something else".into());
+        }
         plan.tokenizer = Some(tokenizer.fingerprint());
         plan.held_out_share = kept_share(&plan);
         Ok(Inputs { data: data(recipe, &plan), plan, tokenizer, student, teacher })
@@ -139,7 +153,9 @@ fn kept_share(plan: &Plan) -> Option<f64> {
 /// The checkpoints a recipe names, each under its key.
 fn checkpoints(recipe: &Recipe) -> impl Iterator<Item = (&'static str, &Path)> {
     let teacher = recipe.teacher_checkpoint().into_iter().map(|teacher| ("teacher.checkpoint", teacher.as_path()));
-    teacher.chain(recipe.student.checkpoint.iter().map(|checkpoint| ("student.checkpoint", checkpoint.as_path())))
+    let student = recipe.student.checkpoint.iter().map(|checkpoint| ("student.checkpoint", checkpoint.as_path()));
+    let donor = recipe.student.init.iter().map(|init| ("student.init.from", init.from.as_path()));
+    teacher.chain(student).chain(donor)
 }
 
 /// Refuses a path that leads nowhere, as the slip in the recipe that it is.

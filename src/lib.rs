@@ -16,7 +16,7 @@
 //! use limbeck::loss::{DistillLossConfig, Divergence, Weighting};
 //! use limbeck::models::{Decoder, RandomWeights};
 //! use limbeck::schedule::{LearningRate, Schedule};
-//! use limbeck::train::{TrainConfig, Trainer, optimizer::OptimizerConfig};
+//! use limbeck::train::{TrainConfig, Trainer, balance::RouterConfig, optimizer::OptimizerConfig};
 //!
 //! # fn main() -> limbeck::Result<()> {
 //! let (options, steps) = (RunOptions::default(), 480);
@@ -31,15 +31,14 @@
 //! let loss = DistillLossConfig::new(Divergence::ForwardKl).with_weighting(weighting, steps).init()?;
 //! let config = TrainConfig {
 //!     learning_rate: LearningRate { warmup: 50, schedule: Schedule::Linear { from: 3e-3, to: 6e-5 } },
-//!     optimizer: OptimizerConfig { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip_norm: 1.0 },
-//!     router_aux_weight: 0.001,
+//!     optimizer: OptimizerConfig { weight_decay: 0.05, ..OptimizerConfig::default() },
+//!     router: RouterConfig { balance_weight: 0.001, ..RouterConfig::default() },
 //!     sequences_per_step: 8,
 //!     data: cache.manifest().root.clone(), // compared when the run goes on
-//!     # arm: "student".into(), steps, sequences_per_micro_batch: 8, seed: 17, checkpoint_every: 0,
-//!     # keep_checkpoints: 1, log_every: 10, evaluate_every: 0,
-//!     // ... and how often to log, evaluate and save
+//!     steps,
+//!     ..TrainConfig::default() // ... how often to log, evaluate and save, what guards do, and more
 //! };
-//! let mut trainer = Trainer::new(config, student, loss, cache.sequence_count());
+//! let mut trainer = Trainer::new(config, student, loss, cache.sequence_count())?;
 //! for _ in 0..steps {
 //!     let metrics = trainer.train_step(&cache)?;
 //!     println!("step {}: {:.3} nats per token", metrics.step, metrics.loss);

@@ -121,6 +121,14 @@ impl Progress {
         }
     }
 
+    /// `done` of it are done, after a run went back.
+    pub fn set(&self, done: u64) {
+        self.bar.set_position(done);
+        let mut state = self.lock();
+        state.first = state.first.min(done);
+        state.done = done;
+    }
+
     /// A few words after the numbers, as "loss 3.214".
     pub fn message(&self, text: &str) {
         self.bar.set_message(text.to_string());
@@ -203,10 +211,11 @@ fn tenths(done: u64, total: Option<u64>) -> u64 {
 }
 
 fn bar_style(unit: Unit, ends: bool) -> ProgressStyle {
+    // The bar takes what the numbers leave of the line, so that it is one line on a screen of 60 columns too.
     let template = if ends {
-        "{prefix:>10} {bar:28.cyan/dim} {count}, {rate}, ETA {left} {msg:.dim}"
+        "{prefix:>8} {wide_bar:.cyan/dim} {percent:>3}% {rate} {left} {msg:.dim}"
     } else {
-        "{prefix:>10} {spinner:.cyan} {count}, {rate} {msg:.dim}"
+        "{prefix:>8} {spinner:.cyan} {count}, {rate} {msg:.dim}"
     };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     style
@@ -235,6 +244,74 @@ mod tests {
         progress.message("loss 3.214");
         let line = progress.line(&progress.lock(), Duration::from_secs(2));
         assert_eq!(line, "teacher: 1,234/5,678 tokens, 500 tok/s, ETA 00:09, loss 3.214");
+    }
+
+    /// A screen of some columns that keeps the lines written to it.
+    #[derive(Debug, Clone)]
+    struct Screen {
+        columns: u16,
+        lines: std::sync::Arc<Mutex<Vec<String>>>,
+    }
+
+    impl indicatif::TermLike for Screen {
+        fn width(&self) -> u16 {
+            self.columns
+        }
+        fn move_cursor_up(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> std::io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, text: &str) -> std::io::Result<()> {
+            if text.contains("student") {
+                self.lines.lock().unwrap().push(text.trim_end().to_string());
+            }
+            Ok(())
+        }
+        fn clear_line(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_bar_is_one_line_on_a_narrow_screen_and_says_what_matters() {
+        for columns in [60, 100, 200] {
+            let screen = Screen { columns, lines: Default::default() };
+            let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
+            let bar = ProgressBar::with_draw_target(Some(120_000_000), target).with_prefix("student");
+            bar.set_style(bar_style(Unit::Tokens, true));
+            bar.set_message("loss 3.214");
+            bar.set_position(54_321_000);
+            // Drawn at most some times in a second.
+            std::thread::sleep(Duration::from_millis(120));
+            bar.tick();
+            let lines = screen.lines.lock().unwrap();
+            let line = lines.last().unwrap();
+            assert!(lines.iter().all(|line| line.chars().count() <= columns as usize), "{columns} columns: {lines:?}");
+            for part in ["student", "━", " 45% ", " tok/s ", "loss 3.214"] {
+                assert!(line.contains(part), "no {part:?} in {line:?} on {columns} columns");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_drawn_where_there_is_no_terminal() {
+        let progress = Progress::drawn_on("student", Some(100), Unit::Steps, false, true);
+        progress.advance(50);
+        assert!(progress.bar.is_hidden(), "a pipe gets log lines, and no bars");
     }
 
     #[test]

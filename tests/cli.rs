@@ -65,11 +65,12 @@ fn with_recipe() -> (tempfile::TempDir, PathBuf) {
 
 #[test]
 fn every_command_explains_itself() {
-    let commands: [&[&str]; 19] = [
+    let commands: [&[&str]; 20] = [
         &[],
         &["precompute-teacher-logits"],
         &["distill"],
         &["evaluate"],
+        &["compare"],
         &["plan"],
         &["inspect"],
         &["cache"],

@@ -85,7 +85,7 @@ fn one_recipe_goes_from_text_to_report_and_a_second_time_does_nothing() {
     for arm in ["student", "control"] {
         let (steps, evaluations) = logged(&run_dir, arm);
         assert_eq!(steps.iter().map(|line| line.step).collect::<Vec<_>>(), (1..=24).collect::<Vec<_>>());
-        assert_eq!(evaluations.iter().map(|line| line.step).collect::<Vec<_>>(), [8, 16]);
+        assert_eq!(evaluations.iter().map(|line| line.step).collect::<Vec<_>>(), [8, 16, 24]);
         assert!(steps[23].loss < 0.8 * steps[0].loss, "{arm}: {} to {}", steps[0].loss, steps[23].loss);
         assert!(evaluations[1].cross_entropy < evaluations[0].cross_entropy, "{arm}");
         assert_eq!(steps[0].expert_load.len(), 2);

@@ -126,3 +126,32 @@ fn a_student_loads_in_transformers_with_equal_logits() {
         }
     }
 }
+
+/// Upcycled, with routers balanced by a bias, rounded weights and a running mean: nothing of this is in the format.
+#[test]
+fn a_trained_student_loads_in_transformers_whatever_it_was_trained_with() {
+    let Some(python) = python() else { return };
+    let small = SmallRun::new();
+    let mut donor = random_model(dense(small.vocab_size, true), 7, &Device::flex());
+    write_model(&mut donor, &small.path("donor"), &EXPORT, &[], None).unwrap();
+    fs::copy(small.path("tokenizer/tokenizer.json"), small.path("donor/tokenizer.json")).unwrap();
+    for shape in ["scout", "maverick"] {
+        let (shape_key, run) = (format!("student.shape={{like=\"{shape}\"}}"), format!("run-{shape}"));
+        let overrides = [
+            "teacher.checkpoint=donor",
+            &shape_key,
+            "student.init={from=\"donor\", layers=[0, 1, 1], experts=4}",
+            "train.steps=8",
+            "train.router_balance={rate=0.05}",
+            "train.precision=bf16",
+            "train.ema=0.9",
+            "control.enabled=false",
+        ];
+        limbeck::distill::run(&small.recipe(&overrides), &small.options(&run)).unwrap();
+        let checkpoint = small.path(&run).join("checkpoints/step-000008");
+        let model = limbeck::models::Decoder::open(&checkpoint, &Device::flex()).unwrap();
+        let (parameters, _) = model.config.parameter_counts();
+        check(&python, &small.path(""), &checkpoint, small.vocab_size, parameters);
+        check(&python, &small.path(""), &checkpoint.join("ema"), small.vocab_size, parameters);
+    }
+}

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use limbeck::data::{DataLoader, DataSource, HeldOut};
 use limbeck::inputs::Inputs;
 use limbeck::loss::Weighting;
-use limbeck::recipe::{Plan, Recipe, all_keys};
+use limbeck::recipe::{MicroBatch, Plan, Recipe, all_keys};
 use limbeck::run::RunOptions;
 use limbeck::schedule::Schedule;
 use limbeck::selection::Selection;
@@ -146,7 +146,7 @@ fn overrides_replace_and_add_keys() {
     assert_eq!(recipe.data.sources[0].weight, 2.0);
     assert_eq!(recipe.data.held_out, HeldOut::Sources(vec![DataSource::new("/held_out.txt")]));
     assert_eq!(recipe.control_learning_rate().schedule, Schedule::Constant { value: 1e-2 });
-    assert_eq!(recipe.train.micro_batch_tokens, Some(1024));
+    assert_eq!(recipe.train.micro_batch_tokens, Some(MicroBatch::Tokens(1024)));
     assert_eq!(recipe.run.dir.as_deref(), Some(Path::new("/runs/a")));
 }
 
@@ -168,8 +168,9 @@ fn an_unknown_key_is_named_with_its_line_and_the_likely_one() {
     assert_eq!(
         mistake_in("steps = 100", "steps = 100\nsequences_per = 3"),
         "line 19: `sequences_per` is not a key of [train]; the keys of [train] are `steps`, `epochs`, `batch_tokens`, \
-         `micro_batch_tokens`, `lr`, `betas`, `eps`, `weight_decay`, `clip_norm`, `router_aux_weight`, \
-         `checkpoint_every`, `evaluate_every`, `evaluate_tokens`, `keep_checkpoints`, `log_every`"
+         `micro_batch_tokens`, `checkpoint_activations`, `lr`, `optimizer`, `groups`, `precision`, `ema`, `betas`, `eps`, \
+         `momentum`, `weight_decay`, `clip_norm`, `router_aux_weight`, `router_z_weight`, `router_balance`, `guards`, \
+         `seed`, `checkpoint_every`, `evaluate_every`, `evaluate_tokens`, `keep_checkpoints`, `log_every`, `tensorboard`"
     );
     assert_eq!(
         mistake_in("steps = 100", "steps = 100\ntop_k = 3"),
@@ -405,6 +406,35 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         ("train.weight_decay=-0.1", "`train.weight_decay` is -0.1; use a number of 0 or more"),
         ("train.clip_norm=nan", "`train.clip_norm` is NaN; use a number of 0 or more"),
         ("train.router_aux_weight=-1", "`train.router_aux_weight` is -1; use a number of 0 or more"),
+        ("train.ema=1", "`train.ema` is 1; use a number from 0 to below 1, as in 0.999"),
+        ("train.momentum=0.9", "`train.momentum` is Muon's, and the optimizer is another; remove it"),
+        ("train.router_z_weight=-1", "`train.router_z_weight` is -1; use a number of 0 or more"),
+        ("train.router_balance={rate=0}", "`train.router_balance.rate` is 0; use a number above 0, as in 0.001"),
+        (
+            "train.router_balance={release=2}",
+            "`train.router_balance.release` is 2; use a number from 0 to 1, as in 0.2",
+        ),
+        (
+            "train.guards.not_finite=off",
+            "`train.guards.not_finite` is `off`, which would let a step without a finite loss into the weights; use `stop`, \
+             `skip` or `rewind`",
+        ),
+        ("train.guards.spike_factor=0", "`train.guards.spike_factor` is 0; use a number above 0, as in 10"),
+        ("train.guards.spike_window=0", "`train.guards.spike_window` is 0; use at least 1"),
+        ("train.guards.limit=0", "`train.guards.limit` is 0; use at least 1"),
+        (
+            "train.groups=[{match=\"*\", lr=-1}]",
+            "`train.groups[0]` is not usable: lr -1 is out of range; use a number of 0 or more",
+        ),
+        (
+            "student.init={from=\"x\", layers=[]}",
+            "`student.init.layers` is empty; name layers, as in [0, 4, 8], or remove it",
+        ),
+        (
+            "student.init={from=\"x\", layers=[0, 1]}",
+            "`student.init.layers` has 2 layers, but `student.shape.layers` is 4; give only one of the two",
+        ),
+        ("student.init={from=\"x\", experts=0}", "`student.init.experts` is 0; use at least 1"),
         ("train.keep_checkpoints=0", "`train.keep_checkpoints` is 0; use at least 1"),
         ("train.log_every=0", "`train.log_every` is 0; use at least 1"),
     ];
@@ -413,6 +443,18 @@ fn values_out_of_range_are_refused_with_what_is_allowed() {
         assert_eq!(found.strip_prefix(&format!("--set {word}: ")).unwrap_or(&found), message, "--set {word}");
     }
     assert_eq!(mistake_in("top_k = 32", "top_k = 0"), "line 12: `cache.top_k` is 0; keep at least 1 id per prediction");
+}
+
+#[test]
+fn a_tap_takes_no_steps_that_do_not_count() {
+    let tapped = format!("{SMALL}[tap]\n");
+    let problem = "lets the run go on after a step that does not count, and `[tap]` keeps that step's predictions";
+    for (key, reaction) in [("not_finite", "skip"), ("spike", "rewind")] {
+        let word = format!("train.guards.{key}={reaction}");
+        let expected = format!("--set {word}: `train.guards.{key}` {problem}; use `stop`, or remove [tap]");
+        assert_eq!(mistake(&tapped, &[&word]), expected);
+    }
+    parse(&tapped, &["train.guards.spike=stop"]).unwrap();
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use limbeck::eval::calibration::{ByConfidence, ByEntropy};
 use limbeck::eval::report::{Arm, CacheFacts, Curves, Evaluation, Fact, Histogram, Report, Role, Winner};
+use limbeck::train::best::Best;
 use limbeck::train::metrics::{EvalMetrics, Metric, MetricsWriter, StepMetrics, read_metrics};
 
 fn step(arm: &str, step: u64) -> StepMetrics {
@@ -45,6 +47,8 @@ fn evaluation(arm: &str, step: u64) -> EvalMetrics {
         bits_per_byte: cross_entropy / 2.9,
         kl_to_teacher: Some(0.5),
         top1_agreement: Some(0.6),
+        averaged_cross_entropy: None,
+        averaged_kl_to_teacher: None,
     }
 }
 
@@ -70,6 +74,11 @@ fn log(path: &Path, arm: &str, resume_step: Option<u64>, steps: std::ops::Range<
 fn arm(role: Role, name: &str, cross_entropy: f64) -> Arm {
     let trained = role != Role::Teacher;
     let load = |layer: u64| (0..16).map(move |expert| 1.0 + ((expert * 5 + layer * 11) % 7) as f64 * 0.3);
+    let (mut by_entropy, mut by_confidence) = (ByEntropy::default(), ByConfidence::default());
+    for token in 0..400 {
+        by_entropy.add(token as f64 / 50.0, 0.1 + token as f64 / 800.0, token % 5 < 3);
+        by_confidence.add(token as f64 / 400.0, token % 400 > 220);
+    }
     Arm {
         role,
         name: name.to_string(),
@@ -78,12 +87,15 @@ fn arm(role: Role, name: &str, cross_entropy: f64) -> Arm {
         evaluation: Evaluation {
             kl_to_teacher: trained.then_some(0.5123),
             top1_agreement: trained.then_some(0.6123),
+            by_entropy: if trained { by_entropy.bins() } else { vec![] },
+            by_confidence: by_confidence.bins(),
             expert_load: (0..4).map(|layer| load(layer).map(|x| x / load(layer).sum::<f64>()).collect()).collect(),
             ..Evaluation::from_sums(cross_entropy * 20_480.0, 20_480, 61_000)
         },
         train_seconds: trained.then_some(132.0),
         tokens_seen: trained.then_some(819_200),
         tokens_per_second: trained.then_some(6_206.0),
+        best: trained.then_some(Best { step: 375, cross_entropy: cross_entropy + 0.004 }),
     }
 }
 
@@ -231,6 +243,11 @@ fn the_page_is_whole_in_itself_and_well_formed() {
         "Tail mass",
     ] {
         assert!(html.contains(part), "{part}");
+    }
+    for part in
+        ["By the teacher&#39;s entropy", "Reliability", "Expected calibration error: student ", "best checkpoint"]
+    {
+        assert!(html.contains(&part.replace("&#39;", "'")) || html.contains(part), "{part}");
     }
     for part in ["Expert load", "Learning rate", "Gradient norm", "Throughput", "divergence = &quot;forward_kl&quot;"] {
         assert!(html.contains(part), "{part}");

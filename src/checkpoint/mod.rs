@@ -51,7 +51,7 @@ pub use reader::CheckpointReader;
 pub use runs::Runs;
 pub use safetensors_file::{SafetensorsFile, read_safetensors};
 pub use safetensors_writer::{SafetensorsEntry, TensorData, write_safetensors};
-pub use steps::{checkpoint_dir, keep_latest, latest_checkpoint};
+pub use steps::{Pointer, checkpoint_dir, keep_latest, keep_latest_and, latest_checkpoint, point_at};
 pub use train_state::TrainState;
 pub use writer::{CheckpointWriter, Overwrite, TensorSpec};
 

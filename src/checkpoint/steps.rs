@@ -24,12 +24,64 @@ pub fn latest_checkpoint(run_dir: impl AsRef<Path>) -> Result<Option<(u64, PathB
     Ok(complete_steps(run_dir.as_ref())?.pop())
 }
 
+/// A name beside the checkpoints of a run that leads to one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pointer {
+    /// `checkpoints/latest`
+    Latest,
+    /// `checkpoints/best`
+    Best,
+}
+
+impl Pointer {
+    fn name(self) -> &'static str {
+        match self {
+            Pointer::Latest => "latest",
+            Pointer::Best => "best",
+        }
+    }
+}
+
+/// Makes a name lead to the checkpoint of a step: a symbolic link, or a file with the checkpoint's name where there are no
+/// such links. It leads to a whole checkpoint at any moment; nothing here depends on it.
+///
+/// # Errors
+/// The directory cannot be written.
+pub fn point_at(run_dir: impl AsRef<Path>, pointer: Pointer, step: u64) -> Result<()> {
+    let target = checkpoint_dir(&run_dir, step);
+    let name = target.file_name().expect("a checkpoint has a name");
+    let path = target.with_file_name(pointer.name());
+    #[cfg(unix)]
+    {
+        if fs::read_link(&path).is_ok_and(|there| there.as_os_str() == name) {
+            return Ok(());
+        }
+        let temporary = durable::temporary_path(&path);
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&temporary)(error)),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(name, &temporary).map_err(Error::io(&temporary))?;
+        fs::rename(&temporary, &path).map_err(Error::io(&path))
+    }
+    #[cfg(not(unix))]
+    durable::write_bytes(&path, name.to_string_lossy().as_bytes())
+}
+
 /// Removes all but the `count` latest complete checkpoints, and what interrupted processes left half-written.
 /// Returns the steps that were removed. Call it from the one process that writes to the run.
 ///
 /// # Errors
 /// `count` is 0; a directory cannot be listed or removed.
 pub fn keep_latest(run_dir: impl AsRef<Path>, count: usize) -> Result<Vec<u64>> {
+    keep_latest_and(run_dir, count, &[])
+}
+
+/// As [`keep_latest`], and some others stay.
+///
+/// # Errors
+/// As [`keep_latest`].
+pub fn keep_latest_and(run_dir: impl AsRef<Path>, count: usize, others: &[u64]) -> Result<Vec<u64>> {
     let run_dir = run_dir.as_ref();
     if count == 0 {
         return Err(Error::usage("keeping 0 checkpoints would lose the run", "keep at least 1"));
@@ -38,7 +90,7 @@ pub fn keep_latest(run_dir: impl AsRef<Path>, count: usize) -> Result<Vec<u64>> 
     let steps = complete_steps(run_dir)?;
     let old = steps.len().saturating_sub(count);
     let mut removed = vec![];
-    for (step, path) in steps.into_iter().take(old) {
+    for (step, path) in steps.into_iter().take(old).filter(|(step, _)| !others.contains(step)) {
         // Removing takes many steps; under this name a half-removed checkpoint is never taken for a whole one.
         let leaving = durable::partial_path(&path)?;
         fs::rename(&path, &leaving).map_err(Error::io(&path))?;

@@ -5,7 +5,11 @@
 mod area_chart;
 mod axis;
 pub mod cache_page;
+pub mod calibration;
 pub mod chart;
+pub mod compare;
+mod curves;
 pub mod held_out;
+mod judgement;
 mod page;
 pub mod report;

@@ -4,7 +4,9 @@
 
 use std::fmt::Write as _;
 
+use crate::eval::calibration::calibration_error;
 use crate::eval::chart::{self, Color, HeatMap, HistogramChart, Level, LineChart, Series, Stroke, escape, smoothed};
+use crate::eval::judgement;
 use crate::eval::report::{Arm, CacheFacts, Curves, Fact, Histogram, Report, Role, Winner};
 use crate::quantity::{NONE, clock, decimal, percent, short_bytes, short_count, thousands};
 
@@ -17,6 +19,8 @@ pub(super) fn html(report: &Report) -> String {
     header(&mut page, report);
     comparison(&mut page, report);
     training(&mut page, report);
+    judgement::held_back(&mut page, report);
+    judgement::sections(&mut page, report);
     expert_load(&mut page, report);
     cache(&mut page, report);
     origin(&mut page, report);
@@ -92,7 +96,7 @@ fn comparison(page: &mut String, report: &Report) {
     type Measure<'a> = &'a dyn Fn(&Arm) -> Option<f64>;
     let four = |value: f64| decimal(value, 4);
     // The measure ranks student against control; less is better.
-    let rows: [(&str, &str, Cell, Option<Measure>); 11] = [
+    let rows: [(&str, &str, Cell, Option<Measure>); 13] = [
         (
             "cross-entropy",
             NATS,
@@ -117,6 +121,22 @@ fn comparison(page: &mut String, report: &Report) {
             "with the teacher",
             &|arm| optional(arm.evaluation.top1_agreement, &percent),
             Some(&|arm| arm.evaluation.top1_agreement.map(|share| -share)),
+        ),
+        (
+            "calibration error",
+            "of the likeliest token",
+            &|arm| optional(calibration_error(&arm.evaluation.by_confidence), &percent),
+            Some(&|arm| calibration_error(&arm.evaluation.by_confidence)),
+        ),
+        (
+            "best checkpoint",
+            "by held-out cross-entropy in training",
+            &|arm| {
+                arm.best
+                    .as_ref()
+                    .map_or(NONE.into(), |best| format!("step {} ({})", best.step, four(best.cross_entropy)))
+            },
+            None,
         ),
         ("held-out tokens", "", &|arm| thousands(arm.evaluation.token_count), None),
         ("parameters", "total", &|arm| short_count(arm.parameters_total), None),
@@ -164,6 +184,12 @@ fn training(page: &mut String, report: &Report) {
     held_out.settle = true;
     held_out.note =
         "While training, on `train.evaluate_tokens` of the held-out text; the table is on all of it.".into();
+    for curves in report.curves.iter().filter(|curves| !curves.averaged.is_empty()) {
+        let name = format!("{}, averaged", curves.role.name());
+        let stroke = if curves.role == Role::Control { Stroke::Dashed } else { Stroke::Solid };
+        let color = color(Role::Averaged);
+        held_out.series.push(Series { name, color, stroke, points: points(&curves.averaged) });
+    }
     if let Some(teacher) = report.arm(Role::Teacher) {
         let value = teacher.evaluation.cross_entropy;
         held_out.levels.push(Level { name: "teacher".to_string(), color: color(Role::Teacher), value });
@@ -202,6 +228,12 @@ fn training(page: &mut String, report: &Report) {
     speed.from_zero = true;
 
     let mut charts = vec![held_out, labels, loss, weights, rate, norm, speed];
+    if report.curves.iter().any(|curves| !curves.imbalance.is_empty()) {
+        let mut load =
+            smooth_chart(report, "Load of the busiest expert", "times the even share", |curves| &curves.imbalance);
+        load.note = "In a step, the mean of the layers with experts; 1 is even.".to_string();
+        charts.push(load);
+    }
     let mut soft = smooth_chart(report, "Divergence from the teacher in training", NATS, |curves| &curves.soft_loss);
     if soft.series.iter().any(|series| !series.points.is_empty()) {
         soft.series.retain(|series| !series.points.is_empty());
@@ -351,9 +383,10 @@ fn points(curve: &[(u64, f64)]) -> Vec<(f64, f64)> {
     curve.iter().map(|&(step, value)| (step as f64, value)).collect()
 }
 
-fn color(role: Role) -> Color {
+pub(super) fn color(role: Role) -> Color {
     match role {
         Role::Student => Color::Blue,
+        Role::Averaged => Color::Purple,
         Role::Control => Color::Orange,
         Role::Teacher => Color::Green,
     }
@@ -362,6 +395,7 @@ fn color(role: Role) -> Color {
 fn color_class(role: Role) -> &'static str {
     match role {
         Role::Student => "blue",
+        Role::Averaged => "purple",
         Role::Control => "orange",
         Role::Teacher => "green",
     }

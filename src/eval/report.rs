@@ -4,13 +4,16 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::eval::calibration::{ConfidenceBin, EntropyBin};
+pub use crate::eval::curves::Curves;
 use crate::eval::page;
 use crate::quantity::{NONE, decimal, percent, short_count, thousands};
-use crate::train::metrics::{Metric, number_or_nan, rows_or_nan};
+use crate::train::best::Best;
+use crate::train::metrics::{number_or_nan, rows_or_nan};
 
 /// Version of `report.json`.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -52,6 +55,8 @@ impl Fact {
 pub enum Role {
     /// Trained on the teacher's soft targets.
     Student,
+    /// The running mean of the student's weights.
+    Averaged,
     /// The same model, data, order and steps, trained on the labels alone.
     Control,
     Teacher,
@@ -62,6 +67,7 @@ impl Role {
     pub fn name(self) -> &'static str {
         match self {
             Role::Student => "student",
+            Role::Averaged => "averaged",
             Role::Control => "control",
             Role::Teacher => "teacher",
         }
@@ -81,6 +87,9 @@ pub struct Arm {
     pub train_seconds: Option<f64>,
     pub tokens_seen: Option<u64>,
     pub tokens_per_second: Option<f64>,
+    /// The checkpoint that measured best during training.
+    #[serde(default)]
+    pub best: Option<Best>,
 }
 
 /// Measures on the held-out text.
@@ -103,6 +112,12 @@ pub struct Evaluation {
     /// `[mixture-of-experts layers][experts]`: share of the tokens sent to each expert.
     #[serde(default, deserialize_with = "rows_or_nan")]
     pub expert_load: Vec<Vec<f64>>,
+    /// By how sure the teacher was; empty without a teacher.
+    #[serde(default)]
+    pub by_entropy: Vec<EntropyBin>,
+    /// By how sure this model was.
+    #[serde(default)]
+    pub by_confidence: Vec<ConfidenceBin>,
 }
 
 impl Evaluation {
@@ -117,74 +132,6 @@ impl Evaluation {
             token_count,
             ..Evaluation::default()
         }
-    }
-}
-
-/// What one arm logged during training: `(step, value)`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Curves {
-    pub role: Role,
-    /// What training minimised; arms with different weights are not comparable by it.
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub loss: Vec<(u64, f64)>,
-    /// Cross-entropy of the training labels; comparable between arms.
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub hard_loss: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub soft_loss: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub held_out: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub soft_weight: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub hard_weight: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub soft_gradient_norm: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub hard_gradient_norm: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub learning_rate: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub grad_norm: Vec<(u64, f64)>,
-    #[serde(default, deserialize_with = "points_or_nan")]
-    pub tokens_per_second: Vec<(u64, f64)>,
-}
-
-impl Curves {
-    /// The curves of one arm, from the lines of `metrics.jsonl`.
-    pub fn from_metrics(role: Role, metrics: &[Metric]) -> Curves {
-        let mut curves = Curves {
-            role,
-            loss: Vec::new(),
-            hard_loss: Vec::new(),
-            soft_loss: Vec::new(),
-            held_out: Vec::new(),
-            soft_weight: Vec::new(),
-            hard_weight: Vec::new(),
-            soft_gradient_norm: Vec::new(),
-            hard_gradient_norm: Vec::new(),
-            learning_rate: Vec::new(),
-            grad_norm: Vec::new(),
-            tokens_per_second: Vec::new(),
-        };
-        for metric in metrics.iter().filter(|metric| metric.arm() == role.name()) {
-            match metric {
-                Metric::Step(line) => {
-                    curves.loss.push((line.step, line.loss));
-                    curves.hard_loss.push((line.step, line.hard_loss));
-                    curves.soft_loss.extend(line.soft_loss.map(|value| (line.step, value)));
-                    curves.soft_weight.push((line.step, line.soft_weight));
-                    curves.hard_weight.push((line.step, line.hard_weight));
-                    curves.soft_gradient_norm.extend(line.soft_gradient_norm.map(|value| (line.step, value)));
-                    curves.hard_gradient_norm.push((line.step, line.hard_gradient_norm));
-                    curves.learning_rate.push((line.step, line.learning_rate));
-                    curves.grad_norm.push((line.step, line.grad_norm));
-                    curves.tokens_per_second.push((line.step, line.tokens_per_second));
-                }
-                Metric::Evaluation(line) => curves.held_out.push((line.step, line.cross_entropy)),
-            }
-        }
-        curves
     }
 }
 
@@ -442,9 +389,4 @@ struct Written<'a> {
 #[derive(Deserialize)]
 struct Version {
     schema_version: u32,
-}
-
-fn points_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(u64, f64)>, D::Error> {
-    let points = Vec::<(u64, Option<f64>)>::deserialize(deserializer)?;
-    Ok(points.into_iter().map(|(step, value)| (step, value.unwrap_or(f64::NAN))).collect())
 }

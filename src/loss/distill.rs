@@ -145,6 +145,8 @@ pub struct LossOutput {
     /// Rows in which student and teacher hold the same id likeliest; `None` without soft targets, and with drawn ones,
     /// which do not say which id that is.
     pub agreed: Option<u64>,
+    /// What was found of each row; `None` for rows that do not count.
+    pub rows: Vec<Option<RowMeasures>>,
 }
 
 /// Sums of one kind of target over the rows that have it, before weight and temperature factor.
@@ -349,6 +351,7 @@ fn gather(output: LinearDistill, targets: &RowTargets, needs_soft: bool) -> Loss
         hard,
         weights,
         agreed: needs_soft.then_some(agreed),
+        rows: output.rows.iter().map(|row| row.as_ref().map(|(measures, _)| *measures)).collect(),
     }
 }
 

@@ -227,6 +227,17 @@ impl Decoder {
         }
     }
 
+    /// What is added to the scores of experts where they are chosen, for each block that has some; nothing for an empty
+    /// list. No part of the weights: a checkpoint has none of it.
+    pub fn set_selection_biases(&mut self, biases: &[Vec<f32>]) {
+        let mut blocks = biases.iter();
+        for layer in &mut self.layers {
+            if let FeedForward::Experts(experts) = &mut layer.feed_forward {
+                experts.set_selection_bias(blocks.next().cloned());
+            }
+        }
+    }
+
     /// The same weights outside any graph, for evaluation; shares their memory.
     ///
     /// # Panics

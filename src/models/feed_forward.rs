@@ -41,6 +41,8 @@ pub struct Experts {
     down: Stack,
     shared: Mlp,
     chosen: usize,
+    /// Added to the scores where experts are chosen, in training that balances their load in this way.
+    selection_bias: Option<Arc<Vec<f32>>>,
 }
 
 /// Where the router sent each token of a batch.
@@ -80,6 +82,7 @@ impl FeedForward {
                 down: weights.stack(&format!("{block}experts.down_proj"), [expert_count, width, hidden])?,
                 shared: Mlp::load(hidden, width, &format!("{block}shared_expert."), weights)?,
                 chosen,
+                selection_bias: None,
             }))),
         }
     }
@@ -149,10 +152,17 @@ impl Mlp {
 }
 
 impl Experts {
+    pub(super) fn set_selection_bias(&mut self, bias: Option<Vec<f32>>) {
+        self.selection_bias = bias.map(Arc::new);
+    }
+
     fn forward(&self, x: Tensor<2>) -> (Tensor<2>, Routing) {
         let [tokens, hidden] = x.dims();
         let logits = self.router.forward(x.clone());
-        let chosen = choose(&logits, self.chosen);
+        let chosen = match &self.selection_bias {
+            None => choose(&logits, self.chosen),
+            Some(bias) => choose_biased(&logits, bias, self.chosen),
+        };
         let expert_count = logits.dims()[1];
 
         // Assignments (token, choice) sorted by expert; equal experts keep token order.
@@ -209,10 +219,24 @@ fn by_expert(chosen: &[u32], mut place: Vec<u32>, k: usize) -> Vec<u32> {
     place
 }
 
+/// The `k` largest scores of each row, a score being the sigmoid of a logit and its expert's bias.
+fn choose_biased(logits: &Tensor<2>, bias: &[f32], k: usize) -> Vec<u32> {
+    let [_, experts] = logits.dims();
+    let mut values = logits.clone().detach().into_data().try_into_vec::<f32>().expect("router logits are f32");
+    for row in values.chunks_mut(experts) {
+        row.iter_mut().zip(bias).for_each(|(value, bias)| *value = 1.0 / (1.0 + (-*value).exp()) + bias);
+    }
+    largest(&values, experts, k)
+}
+
 /// The `k` largest logits of each row; of equal ones the smaller expert number.
 pub(super) fn choose(logits: &Tensor<2>, k: usize) -> Vec<u32> {
     let [_, experts] = logits.dims();
     let values = logits.clone().detach().into_data().try_into_vec::<f32>().expect("router logits are f32");
+    largest(&values, experts, k)
+}
+
+fn largest(values: &[f32], experts: usize, k: usize) -> Vec<u32> {
     let mut chosen = Vec::with_capacity(values.len() / experts * k);
     let mut order: Vec<u32> = Vec::with_capacity(experts);
     for row in values.chunks(experts) {

@@ -18,6 +18,7 @@ mod packed_block;
 pub mod parameter;
 pub mod rope;
 pub mod routed;
+pub mod upcycling;
 
 pub use config::DecoderConfig;
 pub use decoder::{Decoder, Layer, LayerOutput};

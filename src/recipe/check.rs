@@ -4,7 +4,7 @@
 use super::schema::{
     Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
 };
-use super::{remote_teacher, tap};
+use super::{micro_batch_key::MicroBatch, remote_teacher, student_init, tap, training};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
@@ -19,6 +19,7 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     check_loss(recipe)?;
     check_sampled(recipe)?;
     check_train(recipe)?;
+    training::check(recipe)?;
     tap::check(recipe)
 }
 
@@ -116,7 +117,12 @@ fn check_name(recipe: &Recipe) -> Result<()> {
         let tip = "use letters, digits, `_`, `-` and `.`, for it names a directory";
         return Err(recipe.error("name", format!("is {name:?}"), tip));
     }
-    for (key, seed) in [("seed", Some(recipe.seed)), ("student.init_seed", recipe.student.init_seed)] {
+    let seeds = [
+        ("seed", Some(recipe.seed)),
+        ("student.init_seed", recipe.student.init_seed),
+        ("train.seed", recipe.train.seed),
+    ];
+    for (key, seed) in seeds {
         if let Some(seed) = seed.filter(|seed| *seed > i64::MAX as u64) {
             return Err(recipe.error(key, format!("is {seed}"), format!("use at most {}", i64::MAX)));
         }
@@ -216,6 +222,14 @@ fn check_mesh(recipe: &Recipe, teacher: &TeacherSection) -> Result<()> {
 
 fn check_student(recipe: &Recipe) -> Result<()> {
     let student = &recipe.student;
+    match (&student.init, &student.shape) {
+        (Some(init), Some(shape)) => student_init::check(recipe, init, shape)?,
+        (Some(_), None) => {
+            let problem = "is given without `student.shape`, which says what the layers become";
+            return Err(recipe.error("student.init", problem, "add it, as in shape = { like = \"scout\" }"));
+        }
+        (None, _) => {}
+    }
     match (&student.shape, &student.checkpoint) {
         (None, None) => {
             let problem = "has neither `shape` nor `checkpoint`";
@@ -377,7 +391,7 @@ fn check_train(recipe: &Recipe) -> Result<()> {
         Err(recipe.error(key, problem, format!("use {below} or {}", below + seq_len)))
     };
     multiple("train.batch_tokens", batch)?;
-    if let Some(micro) = train.micro_batch_tokens {
+    if let Some(micro) = train.micro_batch_tokens.and_then(MicroBatch::tokens) {
         multiple("train.micro_batch_tokens", micro)?;
         if batch % micro != 0 {
             let problem = format!("is {micro}, which does not divide `train.batch_tokens` = {batch}");

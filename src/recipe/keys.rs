@@ -7,9 +7,12 @@ use super::schema::{
     CacheSection, ControlSection, DataSection, LearningRateSection, LossSection, Recipe, RunSection, Shape,
     StudentSection, TeacherSection, TrainSection,
 };
+use super::student_init::StudentInit;
 use super::tap::TapSection;
+use super::training::{GuardsSection, RouterBalance};
 use crate::data::DataSource;
 use crate::parallel::Mesh;
+use crate::train::groups::ParameterGroup;
 
 /// A table of the recipe: its path, with `[]` after a list, and its keys.
 pub(super) struct Section {
@@ -36,6 +39,7 @@ pub(super) fn sections() -> Vec<Section> {
         Section { path: "cache.selection", keys: SELECTION_KEYS },
         section::<StudentSection>("student"),
         section::<Shape>("student.shape"),
+        section::<StudentInit>("student.init"),
         section::<ControlSection>("control"),
         section::<LearningRateSection>("control.lr"),
         section::<LossSection>("loss"),
@@ -46,6 +50,9 @@ pub(super) fn sections() -> Vec<Section> {
         },
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
+        section::<ParameterGroup>("train.groups[]"),
+        section::<RouterBalance>("train.router_balance"),
+        section::<GuardsSection>("train.guards"),
         section::<TapSection>("tap"),
         Section { path: "tap.selection", keys: SELECTION_KEYS },
         section::<RunSection>("run"),

@@ -148,7 +148,8 @@ impl Recipe {
         let others = others.into_iter().chain([&mut cache.dir, &mut cache.train, &mut cache.held_out]);
         let teacher = self.teacher.iter_mut().map(|teacher| &mut teacher.checkpoint);
         let teacher = teacher.filter(|checkpoint| !checkpoint.as_os_str().is_empty());
-        for path in others.flatten().chain(teacher).chain(&mut cache.reuse) {
+        let donor = self.student.init.iter_mut().map(|init| &mut init.from);
+        for path in others.flatten().chain(teacher).chain(donor).chain(&mut cache.reuse) {
             *path = absolute(&folder, path);
         }
         Ok(())

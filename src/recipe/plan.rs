@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::schema::{Dtype, Recipe, TeacherMode};
+pub use super::memory::MemoryEstimate;
+use super::micro_batch_key::MicroBatch;
+use super::schema::{Recipe, TeacherMode};
 use crate::cache::Codec;
 use crate::data::HeldOut;
 use crate::error::Result;
@@ -86,57 +88,6 @@ pub struct ModelSize {
     pub vocab: u64,
 }
 
-/// Bytes on one device. Activations are an estimate, the rest is exact for AdamW in f32.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MemoryEstimate {
-    pub teacher_weights: u64,
-    pub weights: u64,
-    pub gradients: u64,
-    pub optimizer: u64,
-    pub activations: u64,
-}
-
-impl MemoryEstimate {
-    /// Memory of training a student on micro-batches of `sequences` times `seq_len` tokens. The teacher is counted
-    /// beside it only in `teacher_weights`, for it is dropped before training.
-    pub fn new(student: &ModelSize, teacher: Option<(&ModelSize, Dtype)>, sequences: u64, seq_len: u64) -> Self {
-        let four_bytes = |count: u64| count.saturating_mul(4);
-        let tokens = sequences.saturating_mul(seq_len);
-        // About 17 values of the hidden width per layer and token are kept for the backward pass of a decoder layer,
-        // and per head two rows of attention scores; logits, their gradient and a softmax are each one row of the
-        // vocabulary.
-        let per_layer = tokens.saturating_mul(17 * student.hidden);
-        let scores = tokens.saturating_mul(2 * student.heads).saturating_mul(seq_len);
-        let logits = tokens.saturating_mul(3 * student.vocab);
-        let kept = student.layers.saturating_mul(per_layer.saturating_add(scores)).saturating_add(logits);
-        MemoryEstimate {
-            teacher_weights: teacher.map_or(0, |(teacher, dtype)| {
-                let width = match dtype {
-                    Dtype::F32 => 4,
-                    Dtype::Bf16 => 2,
-                };
-                teacher.total_parameters.saturating_mul(width)
-            }),
-            weights: four_bytes(student.total_parameters),
-            gradients: four_bytes(student.total_parameters),
-            optimizer: four_bytes(student.total_parameters).saturating_mul(2),
-            activations: four_bytes(kept),
-        }
-    }
-
-    /// Bytes while the student is trained.
-    pub fn training(&self) -> u64 {
-        [self.weights, self.gradients, self.optimizer, self.activations]
-            .iter()
-            .fold(0, |sum, part| sum.saturating_add(*part))
-    }
-
-    /// Bytes at the fuller of the two times: teacher alone, student alone.
-    pub fn peak(&self) -> u64 {
-        self.training().max(self.teacher_weights)
-    }
-}
-
 /// About how many bytes a cache takes: `sequence_count` sequences of `seq_len` predictions, each with `kept_ids` on
 /// average, captured at `temperature_count` temperatures. Without a teacher there are no captures and only tokens are
 /// stored. File headers are not counted.
@@ -176,7 +127,8 @@ impl Plan {
     pub fn new(recipe: &Recipe, options: &RunOptions) -> Result<Plan> {
         let run_dir = options.run_dir(recipe);
         let seq_len = recipe.data.seq_len as u64;
-        let micro_batch = recipe.train.micro_batch_tokens.unwrap_or(recipe.train.batch_tokens);
+        let micro_batch = recipe.train.micro_batch_tokens.and_then(MicroBatch::tokens);
+        let micro_batch = micro_batch.unwrap_or(recipe.train.batch_tokens);
         let mut arms = vec!["student".to_string()];
         if recipe.has_control() {
             arms.push("control".to_string());
@@ -453,6 +405,7 @@ impl fmt::Display for ModelSize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::schema::Dtype;
     use super::*;
 
     const RECIPE: &str = r#"
@@ -506,6 +459,36 @@ mod tests {
         let packed = |temperatures| cache_bytes(Codec::Packed, 1, 100, 10.0, temperatures);
         assert_eq!((packed(0), packed(1), packed(3)), (400, 3400, 3600));
         assert_eq!(cache_bytes(Codec::Compact, 2, 100, 10.0, 1), 2 * (200 + 1050));
+    }
+
+    #[test]
+    fn a_micro_batch_takes_what_the_free_memory_holds() {
+        let student = ModelSize {
+            description: "llama4, 2 layers".into(),
+            total_parameters: 1000,
+            active_parameters: 600,
+            layers: 2,
+            hidden: 8,
+            heads: 2,
+            vocab: 50,
+        };
+        let sequences = |free: Option<u64>, more: &[&str]| {
+            let mut plan = plan(&[&["train.micro_batch_tokens=auto"], more].concat()).unwrap();
+            plan.set_models(student.clone(), None);
+            plan.fit_micro_batch(free);
+            (plan.sequences_per_micro_batch, plan.micro_batches_per_step, plan.warnings.len())
+        };
+        let needed = |sequences| MemoryEstimate::new(&student, None, sequences, 128).training();
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 + 8), &[]), (8, 1, 0));
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 - 8), &[]), (4, 2, 0), "a divisor of the 8 of a step");
+        // Too little even for one, or not known: one, and a warning.
+        assert_eq!(sequences(Some(1000), &[]), (1, 8, 1));
+        assert_eq!(sequences(None, &[]), (1, 8, 1));
+        let less = MemoryEstimate::checkpointed(&student, 8, 128);
+        assert!(less < MemoryEstimate::new(&student, None, 8, 128).activations);
+        let kept = Some(needed(8) / 3 * 4 - 8);
+        assert_eq!(sequences(kept, &["train.checkpoint_activations=true"]).0, 8, "recomputed layers take less");
+        assert_eq!(sequences(Some(needed(8) / 3 * 4 + 8), &["train.ema=0.9"]).0, 4, "the mean takes memory too");
     }
 
     #[test]

@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::load::Origin;
+use super::student_init::StudentInit;
 use super::tap::TapSection;
+pub use super::train_section::{LearningRateKind, LearningRateSection, TrainSection};
 use crate::cache::Codec;
 use crate::data::{DataSource, HeldOut, deserialize_count, deserialize_optional_count};
 use crate::loss::{Divergence, Tail, Weighting};
 use crate::parallel::Mesh;
-use crate::schedule::{LearningRate, Schedule};
+use crate::schedule::LearningRate;
 use crate::selection::Selection;
 use crate::targets::TargetKind;
 use crate::teacher::Spill;
@@ -217,6 +219,9 @@ pub struct StudentSection {
     pub shape: Option<Shape>,
     /// A Hugging Face model directory to go on from.
     pub checkpoint: Option<PathBuf>,
+    /// Beside `shape`: a model whose layers a new one begins with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<StudentInit>,
     /// Standard deviation of a new model's weights. Default 0.02.
     pub init_std: Option<f64>,
     /// Seed of a new model's weights. Default: the recipe's `seed`.
@@ -329,79 +334,6 @@ impl Default for LossSection {
     }
 }
 
-/// `[train]`: how long and how fast; exactly one of `steps` and `epochs`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TrainSection {
-    /// Optimizer steps.
-    pub steps: Option<u64>,
-    /// Passes over the training tokens; fractions are allowed.
-    pub epochs: Option<f64>,
-    /// Tokens in one optimizer step; a multiple of `data.seq_len`.
-    #[serde(deserialize_with = "deserialize_count")]
-    pub batch_tokens: u64,
-    /// Tokens held in memory at once; a multiple of `data.seq_len` that divides `batch_tokens`. Default: all of them.
-    #[serde(default, deserialize_with = "deserialize_optional_count")]
-    pub micro_batch_tokens: Option<u64>,
-    pub lr: LearningRateSection,
-    /// Decay of AdamW's two running means. Default `[0.9, 0.95]`.
-    #[serde(default = "betas")]
-    pub betas: [f64; 2],
-    /// AdamW's epsilon. Default 1e-8.
-    #[serde(default = "eps")]
-    pub eps: f64,
-    /// Decoupled weight decay of matrices; norms are not decayed. Default 0.1.
-    #[serde(default = "weight_decay")]
-    pub weight_decay: f64,
-    /// Largest norm of the whole gradient; 0 for no limit. Default 1.
-    #[serde(default = "one")]
-    pub clip_norm: f64,
-    /// Weight of the loss that balances the load of experts. Default 0.001.
-    #[serde(default = "router_aux_weight")]
-    pub router_aux_weight: f64,
-    /// Steps between checkpoints; 0 for one at the end only. Default 500.
-    #[serde(default = "checkpoint_every")]
-    pub checkpoint_every: u64,
-    /// Steps between evaluations on held-out text; 0 for one at the end only. Default: `checkpoint_every`.
-    pub evaluate_every: Option<u64>,
-    /// Most held-out tokens read by an evaluation during training; the one at the end reads all. Default 32768.
-    #[serde(default = "evaluate_tokens", deserialize_with = "deserialize_count")]
-    pub evaluate_tokens: u64,
-    /// Latest checkpoints kept. Default 2.
-    #[serde(default = "keep_checkpoints")]
-    pub keep_checkpoints: usize,
-    /// Steps between lines of metrics.jsonl. Default 10.
-    #[serde(default = "log_every")]
-    pub log_every: u64,
-}
-
-/// `train.lr` and `control.lr`: warm-up, then a schedule over the rest of the run.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LearningRateSection {
-    pub schedule: LearningRateKind,
-    /// The rate after warm-up, from which the schedule starts.
-    pub from: f64,
-    /// The rate at the last step; not for `constant`. Default 0.
-    pub to: Option<f64>,
-    /// Steps of linear climb to `from`. Default 0.
-    #[serde(default)]
-    pub warmup: u64,
-    /// Share of what follows the warm-up, 0 to 1, in which `wsd` falls from `from` to `to`; for `wsd` alone. Default 0.2.
-    pub decay: Option<f64>,
-}
-
-/// How the learning rate changes after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LearningRateKind {
-    Constant,
-    Linear,
-    Cosine,
-    /// Warm-up, stable, decay.
-    Wsd,
-}
-
 /// `[run]`: where the results go.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -475,50 +407,9 @@ impl StudentSection {
     }
 }
 
-impl LearningRateSection {
-    /// The learning rate this describes.
-    pub fn learning_rate(&self) -> LearningRate {
-        let (from, to) = (self.from, self.to.unwrap_or(0.0));
-        let schedule = match self.schedule {
-            LearningRateKind::Constant => Schedule::Constant { value: from },
-            LearningRateKind::Linear => Schedule::Linear { from, to },
-            LearningRateKind::Cosine => Schedule::Cosine { from, to },
-            LearningRateKind::Wsd => Schedule::Wsd { from, to, decay: self.decay.unwrap_or(0.2) },
-        };
-        LearningRate { warmup: self.warmup, schedule }
-    }
-}
-
 fn path_is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
-fn one() -> f64 {
-    1.0
-}
 fn teacher_batch_tokens() -> u64 {
     4096
-}
-fn betas() -> [f64; 2] {
-    [0.9, 0.95]
-}
-fn eps() -> f64 {
-    1e-8
-}
-fn weight_decay() -> f64 {
-    0.1
-}
-fn router_aux_weight() -> f64 {
-    0.001
-}
-fn checkpoint_every() -> u64 {
-    500
-}
-fn evaluate_tokens() -> u64 {
-    32_768
-}
-fn keep_checkpoints() -> usize {
-    2
-}
-fn log_every() -> u64 {
-    10
 }

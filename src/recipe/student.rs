@@ -8,7 +8,7 @@ use super::schema::{Recipe, Shape, ShapeName};
 use crate::{
     checkpoint::read_configuration,
     error::Result,
-    models::{DecoderConfig, llama4::shapes, read_config},
+    models::{DecoderConfig, config::Names, llama4::shapes, read_config, upcycling::mixture_of},
     tokenizer::Tokenizer,
 };
 
@@ -21,30 +21,55 @@ impl Recipe {
                 let (path, config) = read_configuration(checkpoint)?;
                 read_config(&path, &config)
             }
-            (None, Some(shape)) => shape.decoder(self, tokenizer),
+            (None, Some(shape)) => shape.decoder(self, tokenizer, self.donor()?),
             (None, None) => unreachable!("a checked recipe has a shape or a checkpoint"),
         }
     }
 }
 
 impl Shape {
-    fn decoder(&self, recipe: &Recipe, tokenizer: &Tokenizer) -> Result<DecoderConfig> {
-        let vocab = self.vocab.unwrap_or(tokenizer.vocab_size());
+    fn decoder(
+        &self,
+        recipe: &Recipe,
+        tokenizer: &Tokenizer,
+        donor: Option<(DecoderConfig, Vec<usize>)>,
+    ) -> Result<DecoderConfig> {
+        let vocab = donor.as_ref().map_or(tokenizer.vocab_size(), |(donor, _)| donor.vocab_size);
+        let vocab = self.vocab.unwrap_or(vocab);
         if self.like == ShapeName::Llama {
-            return self.dense(recipe, tokenizer, vocab);
+            return match donor {
+                None => self.dense(recipe, tokenizer, vocab),
+                Some((donor, layers)) => {
+                    let mut json = donor.json;
+                    json["num_hidden_layers"] = json!(layers.len());
+                    read_config(recipe.path(), &json)
+                }
+            };
         }
-        let mut config = match self.like {
+        let named = match self.like {
             ShapeName::Scout => shapes::scout(),
             ShapeName::Maverick => shapes::maverick(),
             ShapeName::Behemoth => shapes::behemoth(),
             ShapeName::Tiny | ShapeName::Llama => shapes::tiny(),
         };
+        let begins_with = match &donor {
+            None => None,
+            Some((donor, layers)) => {
+                let experts = recipe.student.init.as_ref().and_then(|init| init.experts);
+                let experts = experts.unwrap_or(named.num_local_experts);
+                let mixture = mixture_of(donor, layers, experts, recipe.path())?;
+                Some(mixture.map_err(|unfit| recipe.error("student.init.from", unfit.problem, unfit.tip))?)
+            }
+        };
+        let is_llama4 = donor.as_ref().is_some_and(|(donor, _)| donor.names == Names::Llama4);
+        let mut config = begins_with.unwrap_or(named);
         let put = |into: &mut usize, value: Option<usize>| *into = value.unwrap_or(*into);
         put(&mut config.num_hidden_layers, self.layers);
         put(&mut config.hidden_size, self.hidden);
         put(&mut config.num_attention_heads, self.heads);
         put(&mut config.num_key_value_heads, self.kv_heads);
         put(&mut config.head_dim, self.head_dim);
+        put(&mut config.num_local_experts, recipe.student.init.as_ref().and_then(|init| init.experts));
         put(&mut config.num_local_experts, self.experts);
         put(&mut config.num_experts_per_tok, self.experts_per_token);
         put(&mut config.intermediate_size, self.expert_width);
@@ -52,10 +77,16 @@ impl Shape {
         put(&mut config.attention_chunk_size, self.chunk);
         put(&mut config.max_position_embeddings, self.max_position);
         let layers = config.num_hidden_layers;
-        let moe_interval = self.moe_interval.unwrap_or(if self.like == ShapeName::Maverick { 2 } else { 1 });
-        config.moe_layers = (moe_interval - 1..layers).step_by(moe_interval).collect();
-        let nope_interval = self.nope_interval.unwrap_or(4);
-        config.rotary_layers = (1..=layers).map(|layer| !layer.is_multiple_of(nope_interval)).collect();
+        // A donor of the family says this for each of its layers.
+        if !is_llama4 || self.moe_interval.is_some() {
+            let moe_interval = self.moe_interval.unwrap_or(if self.like == ShapeName::Maverick { 2 } else { 1 });
+            config.moe_layers = (moe_interval - 1..layers).step_by(moe_interval).collect();
+        }
+        // Another donor has positions in every layer.
+        if donor.is_none() || self.nope_interval.is_some() {
+            let nope_interval = self.nope_interval.unwrap_or(4);
+            config.rotary_layers = (1..=layers).map(|layer| !layer.is_multiple_of(nope_interval)).collect();
+        }
         config.use_qk_norm = self.qk_norm.unwrap_or(config.use_qk_norm);
         config.rope_theta = self.rope_theta.unwrap_or(config.rope_theta);
         config.rms_norm_eps = self.norm_eps.unwrap_or(config.rms_norm_eps);

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::guard::Reaction;
 use crate::durable;
 use crate::error::{Error, Result};
 
@@ -18,6 +19,7 @@ use crate::error::{Error, Result};
 pub enum Metric {
     Step(StepMetrics),
     Evaluation(EvalMetrics),
+    Guard(GuardMetrics),
 }
 
 /// One optimizer step.
@@ -84,6 +86,26 @@ pub struct EvalMetrics {
     pub kl_to_teacher: Option<f64>,
     /// Share (0..1) of the tokens on which student and teacher rank the same token first; `None` without a teacher.
     pub top1_agreement: Option<f64>,
+    /// Nats per token of the running mean of the weights; `None` where none is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub averaged_cross_entropy: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub averaged_kl_to_teacher: Option<f64>,
+}
+
+/// A step that a guard held back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuardMetrics {
+    /// "student" or "control".
+    pub arm: String,
+    pub step: u64,
+    /// How many were held back before it.
+    pub number: u64,
+    pub reaction: Reaction,
+    pub reason: String,
+    /// The step of the checkpoint that the run went back to, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub back_to: Option<u64>,
 }
 
 impl Metric {
@@ -91,6 +113,7 @@ impl Metric {
         match self {
             Metric::Step(metrics) => &metrics.arm,
             Metric::Evaluation(metrics) => &metrics.arm,
+            Metric::Guard(metrics) => &metrics.arm,
         }
     }
 
@@ -98,6 +121,7 @@ impl Metric {
         match self {
             Metric::Step(metrics) => metrics.step,
             Metric::Evaluation(metrics) => metrics.step,
+            Metric::Guard(metrics) => metrics.step,
         }
     }
 }
@@ -105,6 +129,12 @@ impl Metric {
 impl From<StepMetrics> for Metric {
     fn from(metrics: StepMetrics) -> Metric {
         Metric::Step(metrics)
+    }
+}
+
+impl From<GuardMetrics> for Metric {
+    fn from(metrics: GuardMetrics) -> Metric {
+        Metric::Guard(metrics)
     }
 }
 
@@ -132,13 +162,34 @@ impl MetricsWriter {
     /// # Errors
     /// [`Error::Io`], or [`Error::File`] when a line other than the last is no metric.
     pub fn open(path: impl AsRef<Path>, arm: &str, resume_step: Option<u64>) -> Result<MetricsWriter> {
+        MetricsWriter::open_after(path, arm, resume_step, u64::MAX)
+    }
+
+    /// As [`MetricsWriter::open`], for a run that had `guard_events` steps held back up to where it goes on. Their lines stay
+    /// whatever their steps were, for a run that goes back to a checkpoint does not undo them; later ones will be logged
+    /// again.
+    ///
+    /// # Errors
+    /// As [`MetricsWriter::open`].
+    pub fn open_after(
+        path: impl AsRef<Path>,
+        arm: &str,
+        resume_step: Option<u64>,
+        guard_events: u64,
+    ) -> Result<MetricsWriter> {
         let path = path.as_ref();
         let first_dropped = resume_step.unwrap_or(0);
         if path.exists() {
             let text = std::fs::read(path).map_err(Error::io(path))?;
             let mut kept = Vec::with_capacity(text.len());
             for (line, metric) in parse(path, &text)? {
-                if metric.arm() != arm || metric.step() < first_dropped {
+                let stays = match &metric {
+                    Metric::Guard(guard) if guard_events < u64::MAX => {
+                        resume_step.is_some() && guard.number < guard_events
+                    }
+                    metric => metric.step() < first_dropped,
+                };
+                if metric.arm() != arm || stays {
                     kept.extend_from_slice(line);
                     kept.push(b'\n');
                 }
