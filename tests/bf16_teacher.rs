@@ -22,7 +22,7 @@ use small_run::SmallRun;
 
 fn teacher(name: &str, numbers: Numbers, top_k: usize) -> ResidentTeacher {
     let reader =
-        CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap();
+        CheckpointReader::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap();
     let config = read_config(reader.config_path(), reader.config()).unwrap();
     let weights = CheckpointWeights::new(&reader).in_numbers(numbers);
     let model = Decoder::load_for_inference(config, &weights, &Device::flex()).unwrap();
@@ -114,7 +114,7 @@ fn a_streamed_teacher_in_bfloat16_gives_what_the_resident_one_does() {
         let sequences = sequences(resident.model().config.vocab_size);
         let wanted = resident.targets(&sequences, 0).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let reader = CheckpointReader::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name));
+        let reader = CheckpointReader::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name));
         let settings = StreamSettings {
             memory: 1 << 30,
             numbers: Numbers::Bf16,
@@ -153,7 +153,7 @@ fn a_cache_says_that_its_teacher_computed_in_bfloat16_and_is_close_to_one_in_f32
     let run = SmallRun::new();
     let recipe = run.recipe(&["teacher.dtype=bf16"]);
     let caches = precompute::run(&recipe, &run.options("run")).unwrap();
-    let train = CacheReader::open(&caches.join("train")).unwrap();
+    let train = CacheReader::open(caches.join("train")).unwrap();
     let settings = &train.manifest().settings;
     assert_eq!(settings.soft_targets.as_ref().unwrap().teacher.dtype, "bf16");
     let checkpoint = recipe.teacher_checkpoint().unwrap();
@@ -162,5 +162,7 @@ fn a_cache_says_that_its_teacher_computed_in_bfloat16_and_is_close_to_one_in_f32
     let capture = &found.captures[0];
     // Twice what eight bits come to in the mildest of the fixtures.
     assert!(capture.kl > 0.0 && capture.kl < 1e-3, "{}", capture.kl);
-    assert!(capture.log_prob_error < 0.05, "{}", capture.log_prob_error);
+    // Where a token goes to another expert single log-probabilities are off by half; that is rare, and has no direction.
+    assert!(capture.top1_agreement > 0.95, "{}", capture.top1_agreement);
+    assert!(capture.label_bias.abs() < 1e-2, "{}", capture.label_bias);
 }

@@ -342,8 +342,8 @@ fn layers_in_pieces_equal_the_goldens() {
         let length = golden.info("input_ids").unwrap().shape[1];
         let layout = TokenLayout::of_documents(&config, ids.clone(), length);
         let width = config.hidden_size;
-        let rows =
-            ids.iter().flat_map(|&id| ends::embedding_rows(&config, &source, id as usize..id as usize + 1).unwrap());
+        let row = |&id: &u32| ends::embedding_rows(&config, &source, id as usize..id as usize + 1, &device).unwrap();
+        let rows = ids.iter().flat_map(row);
         let embedded = burn::tensor::TensorData::new(rows.collect::<Vec<f32>>(), [ids.len(), width]);
         let mut hidden = Tensor::<2>::from_data(embedded, &device);
         for index in 0..config.layers.len() {

@@ -244,12 +244,12 @@ impl AttentionHalf<'_> {
                         }
                     }
                     let mut shrink = [1.0f32; MAX_TILE_ROWS];
-                    for row in 0..tile_count {
+                    for (row, shrink) in shrink[..tile_count].iter_mut().enumerate() {
                         let token = tile_first + row;
                         let at = member * count + tile * tile_height + row;
                         let begin = first_key(token).clamp(tile_start, tile_end) - tile_start;
                         let stop = ((token + 1).clamp(tile_start, tile_end) - tile_start).max(begin);
-                        shrink[row] = soften(
+                        *shrink = soften(
                             scores,
                             row,
                             [begin, stop],
