@@ -191,7 +191,9 @@ pub static AMX: LazyLock<Result<(), &'static str>> = LazyLock::new(|| {
 /// Asks the processor for the instructions, and the system for leave to use them.
 fn offered() -> Result<(), &'static str> {
     #[cfg(not(target_os = "linux"))]
-    return Err("it is used on Linux alone");
+    {
+        Err("it is used on Linux alone")
+    }
     #[cfg(target_os = "linux")]
     {
         use std::arch::x86_64::{__cpuid, __cpuid_count};

@@ -119,9 +119,10 @@ impl Instructions {
     /// Whether AMX is used for bfloat16 on this machine, or why not.
     pub fn amx() -> Result<(), &'static str> {
         #[cfg(target_arch = "x86_64")]
-        return *amx_assembly::AMX;
+        let found = *amx_assembly::AMX;
         #[cfg(not(target_arch = "x86_64"))]
-        return Err("this processor does not have it");
+        let found = Err("this processor does not have it");
+        found
     }
 
     /// Whether products in bfloat16 are summed in the order of AMX, not in that of all others.

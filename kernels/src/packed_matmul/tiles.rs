@@ -179,7 +179,8 @@ struct Task<'a> {
 pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
     let (inputs, outputs) = (weights.inputs, weights.outputs);
     let row_count = output.len() / outputs;
-    let panels = if row_count <= MAX_TILE_ROWS { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
+    let one_tile = row_count <= instructions.rows_at_once(weights.panel(0).slice(0));
+    let panels = if one_tile { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
     let mut tasks = Vec::new();
     for (rows, output) in rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs)) {
         let first = tasks.len();
@@ -209,7 +210,7 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
     let height = instructions.even_height(task.output.len(), instructions.rows_at_once(weights.panel(0).slice(0)));
     let panels = task.output[0].len().div_ceil(PANEL);
     let blocks = weights.panel(0).blocks();
-    let mut tile = NO_TILE;
+    let mut tile = vec![TileRow::ZEROS; height.min(task.output.len())];
     if task.output.len() <= height {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels {
@@ -233,7 +234,7 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
 }
 
 /// Brings one block of k of some rows together; how many rows there are.
-fn copy_rows(tile: &mut TileRows, rows: &[f32], inputs: usize, block: usize, form: RowForm) -> usize {
+fn copy_rows(tile: &mut [TileRow], rows: &[f32], inputs: usize, block: usize, form: RowForm) -> usize {
     let (first, last) = (block * form.k_block(), inputs.min((block + 1) * form.k_block()));
     for (to, from) in tile.iter_mut().zip(rows.chunks(inputs)) {
         form.write(&from[first..last], &mut to[..]);
