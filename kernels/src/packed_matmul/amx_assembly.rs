@@ -79,11 +79,12 @@ impl Assembly {
 impl Tiles for Assembly {
     fn multiply(&mut self, rows: &[TileRow], first: usize, lines: &[Line<u32>], go_on: bool) -> &Sums {
         assert!((1..=TILE_ROWS).contains(&rows.len()), "rows for two tiles");
-        assert!(!lines.is_empty() && lines.len() % STEP == 0, "whole steps");
+        let (steps, rest) = lines.as_chunks::<STEP>();
+        assert!(!steps.is_empty() && rest.is_empty(), "whole steps");
         assert!(first + lines.len() <= ROW_STRIDE, "a block of a row");
         self.configure(rows.len());
         let (row, line, sums) = (rows[0][first..].as_ptr(), lines.as_ptr(), self.sums.as_mut_ptr());
-        let steps = lines.len() / STEP;
+        let steps = steps.len();
         // Sums of upper rows are in tiles 0 and 1, of lower ones in 2 and 3; rows in 4 and 5, weights in 6 and 7.
         if rows.len() > SIDE {
             // SAFETY: tiles are configured for these rows, of which `steps` times 16 numbers are read; so are `steps`
@@ -183,7 +184,7 @@ impl Tiles for Assembly {
 pub static AMX: LazyLock<Result<(), &'static str>> = LazyLock::new(|| {
     offered()?;
     // SAFETY: processor and system were just found to allow it.
-    let agree = unsafe { with_tiles(|tiles| agree(tiles)) };
+    let agree = unsafe { with_tiles(agree) };
     release();
     if agree { Ok(()) } else { Err("the processor's products of tiles are not those that are documented") }
 });
@@ -235,7 +236,7 @@ fn offered() -> Result<(), &'static str> {
 
 /// Whether tiles give the bits of the emulation, for one tile of rows and two, with a sum to go on from, and with numbers
 /// whose order and smallness matter.
-fn agree(tiles: &mut impl Tiles) -> bool {
+fn agree(tiles: &mut Assembly) -> bool {
     let mut state = 1u64;
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -294,7 +295,7 @@ mod tests {
 
     #[test]
     fn assembly_gives_the_bits_of_the_emulation() {
-        assert!(on_tiles(|tiles| agree(tiles)));
+        assert!(on_tiles(agree));
     }
 
     #[test]

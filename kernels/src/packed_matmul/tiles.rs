@@ -57,7 +57,7 @@ pub type Sums = [[f32; PANEL]; MAX_TILE_ROWS];
 /// Where the sums of some rows go.
 pub type Places<'a, const R: usize> = [&'a mut [f32; PANEL]; R];
 
-pub const NO_TILE: TileRows = [TileRow::ZEROS; MAX_TILE_ROWS];
+pub static NO_TILE: TileRows = [TileRow::ZEROS; MAX_TILE_ROWS];
 pub const NO_SUMS: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
 
 /// The weights of one panel at one k (f32) or two (bf16, the first in the lower half of each number).
