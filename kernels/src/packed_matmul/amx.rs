@@ -16,6 +16,7 @@ use super::{
     row_tiles::STEP,
     tiles::{Line, PANEL, Sums, TileRow},
 };
+use crate::vector_math::vectorised;
 
 /// Rows of a tile register, and numbers of four bytes in each.
 pub const SIDE: usize = 16;
@@ -53,12 +54,17 @@ pub fn sums<'a>(
             tiles.multiply(rows, steps.len(), &padded, !steps.is_empty())
         }
     };
-    for (sums, place) in sums.iter().zip(places.take(rows.len())) {
-        match first {
-            true => *place = *sums,
-            false => place.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-        }
-    }
+    vectorised(
+        #[inline(always)]
+        || {
+            for (sums, place) in sums.iter().zip(places.take(rows.len())) {
+                match first {
+                    true => *place = *sums,
+                    false => place.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
+                }
+            }
+        },
+    );
 }
 
 #[cfg(test)]
