@@ -10,7 +10,8 @@
 //! ```
 //! Without arguments it measures a small model, to show that it works. With `--turns` it waits for a line of its input
 //! before each run and answers with the seconds it took, by the clock and of the processor: so that another program can
-//! take turns with it. A line with `body` is a teacher's forward pass alone, `head` its logits without summing them up.
+//! take turns with it. For a teacher a line with `body` is the forward pass alone, `logits` the head's product with hidden
+//! states that are there, and `head` the targets of these.
 
 mod attention;
 mod experts;

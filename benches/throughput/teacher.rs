@@ -7,7 +7,7 @@ use limbeck::{
     models::{Decoder, TokenLayout},
     selection::Selection,
     targets::{DistillBatch, PackedSequence},
-    teacher::ResidentTeacher,
+    teacher::{HeadTargets, ResidentTeacher},
 };
 
 use super::{median, take_turns};
@@ -23,18 +23,20 @@ pub fn teacher(model: Decoder, ids: Vec<u32>, batch: usize, sequence: usize, top
     teacher.targets(&sequences, 0)?;
     if turns {
         let batch = DistillBatch { sequences: sequences.clone(), targets: None, row_weights: None };
+        let model = teacher.model();
+        let forward = || model.forward(&TokenLayout::of_batch(&model.config, &batch)).0;
+        let hidden = forward();
+        let head = HeadTargets::new(Selection::TopK { k: top_k }, &[1.0], model.config.vocab_size)?;
         return take_turns(|what| {
-            let model = teacher.model();
-            let forward = || model.forward(&TokenLayout::of_batch(&model.config, &batch)).0;
             match what {
                 "body" => drop(forward()),
-                "head" => {
-                    let hidden = forward();
+                "logits" => {
                     for first in (0..batch.row_count()).step_by(256) {
                         let count = 256.min(batch.row_count() - first);
                         drop(model.logits(hidden.clone().narrow(0, first, count)).into_data());
                     }
                 }
+                "head" => drop(head.of_hidden(model, hidden.clone(), &batch, 0)?),
                 _ => drop(teacher.targets(&sequences, 0)?),
             }
             Ok(())

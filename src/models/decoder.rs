@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
-use limbeck_kernels::{packed_matmul::Instructions, rms_norm::rms_norm};
+use limbeck_kernels::{packed_matmul::{Instructions, PackedMatrix}, rms_norm::rms_norm};
 
 use super::{
     attention::Attention,
@@ -179,6 +179,11 @@ impl Decoder {
 
     fn head(&self) -> &Linear {
         self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The head's weights, where they are packed.
+    pub fn packed_head(&self) -> Option<&PackedMatrix> {
+        self.head().packed()
     }
 
     /// The head's weights; a copy of them when they are packed.

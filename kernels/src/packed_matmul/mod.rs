@@ -44,7 +44,7 @@ pub use tiles::{K_BLOCK, PANEL};
 
 pub(crate) use rounding::nearest;
 pub(crate) use row_tiles::{RowForm, RowTiles, product};
-pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, TileRows};
+pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, Product, TileRows, multiply_then};
 
 /// What rows are multiplied in. Sums are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -119,10 +119,5 @@ pub fn multiply(rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
 
 /// [`multiply`] by a given instruction set. All give the same bits, but for AMX with matrices packed for bfloat16.
 pub fn multiply_with(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
-    let row_count = rows.len() / weights.inputs;
-    assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
-    assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
-    if row_count > 0 {
-        tiles::multiply(instructions, rows, weights, output);
-    }
+    multiply_then(instructions, vec![Product::new(rows, weights, output)], |_| ());
 }

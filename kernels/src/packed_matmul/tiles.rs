@@ -168,26 +168,87 @@ const FEW_ROWS_TASK_PANELS: usize = 2;
 /// Products below which handing out work costs more than it gains.
 const SMALL: usize = 1 << 18;
 
-/// One piece of the output: some columns of some rows.
+/// One piece of an output: some columns of some rows.
 struct Task<'a> {
+    weights: &'a PackedMatrix,
     rows: &'a [f32],
+    first_row: usize,
     first_panel: usize,
     output: Vec<&'a mut [f32]>,
 }
 
-/// Cuts the output into tasks and does them, in parallel where it pays.
-pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
+/// One product: rows, weights, and where the result goes.
+pub(crate) struct Product<'a> {
+    rows: &'a [f32],
+    weights: &'a PackedMatrix,
+    output: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// # Shapes
+    /// - `rows` `[N, inputs]`, `output` `[N, outputs]`
+    ///
+    /// # Panics
+    /// When the slices do not have these shapes for the same N.
+    pub fn new(rows: &'a [f32], weights: &'a PackedMatrix, output: &'a mut [f32]) -> Self {
+        let row_count = rows.len() / weights.inputs;
+        assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
+        assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
+        Product { rows, weights, output }
+    }
+}
+
+/// A piece of a result that is there, still in the cache of the thread that computed it.
+pub(crate) struct Piece<'a> {
+    pub first_row: usize,
+    pub first_column: usize,
+    /// The same columns of each of some rows.
+    pub rows: &'a [&'a mut [f32]],
+}
+
+/// Cuts the outputs into tasks and does them, in parallel where it pays. Calls `then` with each piece of the results, and
+/// gives what it returns in the order of the pieces: by product, rows and columns.
+pub(crate) fn multiply_then<R: Send>(
+    instructions: Instructions,
+    products: Vec<Product<'_>>,
+    then: impl Fn(Piece<'_>) -> R + Sync,
+) -> Vec<R> {
+    let mut tasks = vec![];
+    let mut amount = 0;
+    for Product { rows, weights, output } in products {
+        let row_count = output.len() / weights.outputs;
+        if row_count > 0 {
+            amount += row_count * weights.inputs * weights.outputs;
+            cut(instructions, rows, weights, output, row_count, &mut tasks);
+        }
+    }
+    let work = |mut task: Task<'_>| {
+        run(instructions, &mut task);
+        then(Piece { first_row: task.first_row, first_column: task.first_panel * PANEL, rows: &task.output })
+    };
+    if amount < SMALL { tasks.into_iter().map(work).collect() } else { tasks.into_par_iter().map(work).collect() }
+}
+
+fn cut<'a>(
+    instructions: Instructions,
+    rows: &'a [f32],
+    weights: &'a PackedMatrix,
+    output: &'a mut [f32],
+    row_count: usize,
+    tasks: &mut Vec<Task<'a>>,
+) {
     let (inputs, outputs) = (weights.inputs, weights.outputs);
-    let row_count = output.len() / outputs;
     let one_tile = row_count <= instructions.rows_at_once(weights.panel(0).slice(0));
     let panels = if one_tile { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
-    let mut tasks = Vec::new();
-    for (rows, output) in rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs)) {
+    let columns = panels * PANEL;
+    let pieces = rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs));
+    for (number, (rows, output)) in pieces.enumerate() {
         let first = tasks.len();
-        let columns = panels * PANEL;
-        tasks.extend((0..outputs.div_ceil(columns)).map(|number| Task {
+        tasks.extend((0..outputs.div_ceil(columns)).map(|column| Task {
+            weights,
             rows,
-            first_panel: number * panels,
+            first_row: number * TASK_ROWS,
+            first_panel: column * panels,
             output: Vec::with_capacity(row_count.min(TASK_ROWS)),
         }));
         for row in output.chunks_mut(outputs) {
@@ -196,22 +257,19 @@ pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix
             }
         }
     }
-    if row_count * inputs * outputs < SMALL {
-        tasks.into_iter().for_each(|task| run(instructions, task, weights));
-    } else {
-        tasks.into_par_iter().for_each(|task| run(instructions, task, weights));
-    }
 }
 
-fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
+fn run(instructions: Instructions, task: &mut Task<'_>) {
     let _tiles = instructions.begin();
+    let weights = task.weights;
     let inputs = weights.inputs;
     let form = instructions.row_form(weights.rows);
     let height = instructions.even_height(task.output.len(), instructions.rows_at_once(weights.panel(0).slice(0)));
     let panels = task.output[0].len().div_ceil(PANEL);
     let blocks = weights.panel(0).blocks();
+    let tiles = task.output.len().div_ceil(height);
     let mut tile = vec![TileRow::ZEROS; height.min(task.output.len())];
-    if task.output.len() <= height {
+    if tiles == 1 {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels {
             for block in 0..blocks {
@@ -223,12 +281,47 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
         return;
     }
     for block in 0..blocks {
-        for (rows, output) in task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height)) {
+        let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
+        for (number, (rows, output)) in chunks.enumerate() {
             let count = copy_rows(&mut tile, rows, inputs, block, form);
             for panel in 0..panels {
                 let slice = weights.panel(task.first_panel + panel).slice(block);
+                // The first tile waits for the weights to come from memory; what the next block needs is asked for while
+                // the others have theirs in cache.
+                if number > 0 {
+                    let next = match block + 1 < blocks {
+                        true => Some((task.first_panel + panel, block + 1)),
+                        false => Some((task.first_panel + panels + panel, 0)),
+                    };
+                    if let Some((panel, block)) = next.filter(|(panel, _)| *panel * PANEL < weights.outputs) {
+                        weights.panel(panel).slice(block).prefetch(number - 1, tiles - 1);
+                    }
+                }
                 instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0);
             }
+        }
+    }
+}
+
+impl Slice<'_> {
+    /// Asks for one of some parts of it to be brought into the cache.
+    #[inline(always)]
+    fn prefetch(self, part: usize, parts: usize) {
+        let bytes: &[u8] = match self {
+            Slice::F32(lines) => bytemuck::cast_slice(lines),
+            Slice::Bf16 { pairs, .. } => bytemuck::cast_slice(pairs),
+            Slice::Rounded(lines) => bytemuck::cast_slice(lines),
+        };
+        let length = bytes.len().div_ceil(parts).next_multiple_of(64);
+        let from = (part * length).min(bytes.len());
+        for line in bytes[from..bytes.len().min(from + length)].chunks(64) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint about an address, which is that of a slice; nothing is read.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = line;
         }
     }
 }
