@@ -178,7 +178,7 @@ impl Trainer {
         let Some(trouble) = done.trouble else { return Ok(done.metrics) };
         let too_often = self.watch.hold_back(&self.config.guards, self.step + 1);
         if self.config.guards.reaction(&trouble) != Reaction::Skip || too_often {
-            return Err(self.diverged(&trouble));
+            return Err(self.diverged(&trouble, too_often));
         }
         self.step += 1;
         Ok(done.metrics)
@@ -189,13 +189,16 @@ impl Trainer {
         micro_batches(&self.config, &mut self.order, step + self.watch.passed_over)
     }
 
-    /// A held-back step as an error.
-    pub(super) fn diverged(&self, trouble: &Trouble) -> Error {
+    /// A held-back step as an error; `too_often`: one in a row too many.
+    pub(super) fn diverged(&self, trouble: &Trouble, too_often: bool) -> Error {
+        let limit = self.config.guards.limit;
+        let (row, other) = match too_often {
+            true => (format!(", after {limit} others that did not count"), "raise train.guards.limit"),
+            false => (String::new(), "let train.guards skip such steps or rewind"),
+        };
         Error::Diverged {
-            what: format!("step {} of the {}: {trouble}", self.step + 1, self.config.arm),
-            tip: "lower the learning rate and go on from the last checkpoint in another --run-dir, or let train.guards skip \
-                  such steps or rewind"
-                .into(),
+            what: format!("step {} of the {}: {trouble}{row}", self.step + 1, self.config.arm),
+            tip: format!("lower the learning rate and go on from the last checkpoint in another --run-dir, or {other}"),
         }
     }
 
