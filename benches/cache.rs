@@ -37,6 +37,7 @@ fn settings(seq_len: usize, sequences_per_shard: usize, codec: Codec, has_target
             },
             selection: Selection::TopK { k: KEPT },
             temperatures: vec![1.0],
+            router: None,
         }),
     }
 }

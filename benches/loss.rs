@@ -81,6 +81,7 @@ impl Problem {
             captures: vec![capture],
             kind: TargetKind::Exact,
             log_normalizer: None,
+            router: None,
         };
         let tokens = (0..=rows).map(|row| (row * 104_729 % vocab) as u32).collect();
         let sequences = vec![PackedSequence { tokens, segments: vec![0; rows + 1] }];

@@ -3,7 +3,7 @@
 use limbeck::Result;
 
 use crate::cli::RunArgs;
-use crate::output::print;
+use crate::output::{print, width};
 use crate::setup::{recipe_and_options, stop_on_signals};
 
 pub fn run(args: &RunArgs) -> Result<()> {
@@ -11,5 +11,5 @@ pub fn run(args: &RunArgs) -> Result<()> {
     stop_on_signals(&options.stop)?;
     let report = limbeck::distill::run(&recipe, &options)?;
     let page = options.run_dir(&recipe).join("report.html");
-    print(&format!("{}\nreport: {}\n", report.table().trim_end(), page.display()))
+    print(&format!("{}\nreport: {}\n", report.table_within(width()).trim_end(), page.display()))
 }

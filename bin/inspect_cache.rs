@@ -101,6 +101,10 @@ fn text(cache: &CacheReader, summary: &Summary) -> Result<()> {
             let teacher = &targets.teacher;
             line("teacher", format!("{}, {}, in {}", teacher.name, teacher.fingerprint, teacher.dtype));
             line("targets", format!("{}, at temperature {:?}", targets.selection.summary(), targets.temperatures));
+            if let Some(router) = &targets.router {
+                let layers: Vec<String> = router.layers.iter().map(usize::to_string).collect();
+                line("routers", format!("of layers {}, with {} experts each", layers.join(", "), router.experts));
+            }
         }
     }
     let counts = &summary.counts;

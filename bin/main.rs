@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         // Whoever read our results has seen enough: `limbeck inspect x | head` is no failure.
         Err(error) if output::is_closed(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            output::say(&format!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
     }

@@ -11,6 +11,7 @@ use limbeck::{Error, Result};
 use tracing::Level;
 
 use crate::cli::{RunFlags, Verbosity};
+use crate::output::say;
 
 /// Sends the log to stderr.
 pub fn log(verbosity: &Verbosity) {
@@ -26,6 +27,8 @@ pub fn log(verbosity: &Verbosity) {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(level == Level::TRACE)
         .without_time()
+        // By default it panics where stderr is closed, and a run would end with whoever reads its log.
+        .log_internal_errors(false)
         .init();
 }
 
@@ -54,12 +57,10 @@ pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     let stop = stop.clone();
     let handler = move || {
         if stop.swap(true, Ordering::Relaxed) {
-            eprintln!(
-                "error: stopped before the state was saved; the same command goes on from what was saved earlier"
-            );
+            say("error: stopped before the state was saved; the same command goes on from what was saved earlier");
             std::process::exit(1);
         }
-        eprintln!("stopping as soon as the state is saved; press Ctrl-C again to stop at once");
+        say("stopping as soon as the state is saved; press Ctrl-C again to stop at once");
     };
     on_signals(handler).map_err(|problem| {
         Error::usage(format!("signals cannot be handled: {problem}"), "run in an ordinary terminal session")

@@ -25,6 +25,7 @@ use crate::{
     targets::{TargetKind, TargetSource},
     train::{
         TrainConfig, TrainOutput, Trainer,
+        balance::RouterConfig,
         metrics::{EvalMetrics, read_metrics},
         trainer::AVERAGE_DIR,
     },
@@ -123,6 +124,12 @@ impl Run<'_> {
         }
         let loss = loss.init()?;
         let train = &recipe.train;
+        let kept = self.caches.train.manifest().settings.router();
+        // A control has the text alone.
+        let follow = match role {
+            Role::Control => None,
+            _ => recipe.router_distillation(&self.inputs.student, kept)?,
+        };
         let config = TrainConfig {
             arm: role.name().into(),
             steps: plan.steps,
@@ -131,7 +138,7 @@ impl Run<'_> {
             learning_rate,
             automatic_micro_batch: train.micro_batch_tokens == Some(MicroBatch::Auto),
             optimizer: train.optimizer(),
-            router: train.router(),
+            router: RouterConfig { follow, ..train.router() },
             guards: train.guards.clone(),
             average: train.ema,
             checkpoint_activations: train.checkpoint_activations,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::{
-    cache::{CacheReader, Expectation},
+    cache::{CacheReader, CacheSettings, Expectation},
     checkpoint::read_configuration,
     data::{DataConfig, HeldOut},
     durable,
@@ -51,19 +51,27 @@ impl Inputs {
         let student = recipe.student_config(&tokenizer)?;
         recipe.check_seq_len("the student", student.max_position)?;
         recipe.check_tap(u64::MAX, student.vocab_size)?;
+        let mut routers = None;
         if let Some(teacher) = &teacher {
             recipe.check_seq_len("the teacher", teacher.max_position)?;
             recipe.check_selection(teacher.vocab_size)?;
             recipe.check_mesh(teacher)?;
+            routers = recipe.kept_routers(teacher)?;
+            recipe.router_distillation(&student, routers.as_ref())?;
         } else if recipe.remote_teacher().is_some() {
             recipe.check_selection(student.vocab_size)?;
         }
         let teacher_vocab = match &recipe.cache.train {
-            Some(cache) => Some(captured_vocabulary(cache, &tokenizer)?),
+            Some(cache) => {
+                let captured = captured(cache, &tokenizer)?;
+                recipe.router_distillation(&student, captured.router())?;
+                Some(captured.tokenizer.vocab_size)
+            }
             None => teacher.as_ref().map(|teacher| teacher.vocab_size),
         };
         recipe.check_vocabulary(student.vocab_size, tokenizer.vocab_size(), teacher_vocab)?;
         let mut plan = Plan::new(recipe, options)?;
+        plan.set_routers(routers.map_or(0, |routers| routers.width() as u64))?;
         plan.set_models(size(&student), teacher.as_ref().map(size));
         if recipe.train.micro_batch_tokens == Some(MicroBatch::Auto) {
             if options.device != "cpu" {
@@ -134,10 +142,10 @@ impl Inputs {
     }
 }
 
-/// The size of the vocabulary of a finished cache, whose token ids must be the tokenizer's.
-fn captured_vocabulary(cache: &Path, tokenizer: &Tokenizer) -> Result<usize> {
+/// The settings of a finished cache, whose token ids must be the tokenizer's.
+fn captured(cache: &Path, tokenizer: &Tokenizer) -> Result<CacheSettings> {
     let expectation = Expectation { tokenizer_fingerprint: Some(tokenizer.fingerprint()), ..Expectation::default() };
-    Ok(CacheReader::open_expecting(cache, &expectation)?.manifest().settings.tokenizer.vocab_size)
+    Ok(CacheReader::open_expecting(cache, &expectation)?.manifest().settings.clone())
 }
 
 /// The held-out share that the run directory's plan has for the same data. So documents stay on their side of the split

@@ -64,6 +64,54 @@ pub struct Capture {
     pub label_log_prob: Vec<f32>,
 }
 
+/// What a teacher's routers make of the tokens that rows predict from: the probabilities of experts, each in a byte.
+///
+/// A probability is the square of its code over the sum of those of all experts of the layer, and the likeliest expert has
+/// the code 255. So a probability's root is off by a 510th of the largest root at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouterCodes {
+    pub layers: usize,
+    /// Of each layer.
+    pub experts: usize,
+    /// `[rows, layers, experts]`; zeros in rows that are not valid.
+    pub codes: Vec<u8>,
+}
+
+impl RouterCodes {
+    /// No rows yet.
+    pub fn empty(layers: usize, experts: usize) -> Self {
+        RouterCodes { layers, experts, codes: vec![] }
+    }
+
+    /// Bytes of a row.
+    pub fn width(&self) -> usize {
+        self.layers * self.experts
+    }
+
+    /// Appends what one router makes of one token, from its logits.
+    pub fn push(&mut self, logits: &[f32]) {
+        // Where a logit is no finite number all codes are 0, in the end: no row that a cache takes.
+        let largest = match logits.iter().any(|logit| logit.is_nan()) {
+            true => f64::NAN,
+            false => logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)) as f64,
+        };
+        let code = |&logit: &f32| (255.0 * ((logit as f64 - largest) / 2.0).exp()).round() as u8;
+        self.codes.extend(logits.iter().map(code));
+    }
+
+    /// The weights (not divided by their sum) of the experts of a layer in a row.
+    pub fn weights(&self, row: usize, layer: usize) -> impl Iterator<Item = f32> {
+        let first = row * self.width() + layer * self.experts;
+        self.codes[first..first + self.experts].iter().map(|&code| f32::from(code) * f32::from(code))
+    }
+
+    fn slice(&self, rows: std::ops::Range<usize>) -> Self {
+        let width = self.width();
+        let codes = self.codes[rows.start * width..rows.end * width].to_vec();
+        RouterCodes { layers: self.layers, experts: self.experts, codes }
+    }
+}
+
 /// Soft targets of some rows: per row a variable number of kept ids, in descending order of probability (or weight) at
 /// the first temperature.
 #[derive(Debug, Clone, PartialEq)]
@@ -77,6 +125,8 @@ pub struct SparseTargets {
     pub kind: TargetKind,
     /// Per row, the log-sum-exp of the teacher's logits, undivided by any temperature; `None` where nobody kept it.
     pub log_normalizer: Option<Vec<f32>>,
+    /// What the routers of some of the teacher's layers said; `None` where nobody kept it.
+    pub router: Option<RouterCodes>,
 }
 
 impl SparseTargets {
@@ -96,19 +146,35 @@ impl SparseTargets {
             .iter()
             .map(|&temperature| Capture { temperature, log_probs: vec![], log_tail: vec![], label_log_prob: vec![] })
             .collect();
-        SparseTargets { offsets: vec![0], ids: vec![], captures, kind: TargetKind::Exact, log_normalizer: None }
+        SparseTargets {
+            offsets: vec![0],
+            ids: vec![],
+            captures,
+            kind: TargetKind::Exact,
+            log_normalizer: None,
+            router: None,
+        }
     }
 
     /// Appends the rows of `other`, which must have the same temperatures in the same order and be of the same kind.
-    /// Normalisers stay where all rows have them.
+    /// Normalisers and what routers said stay where all rows have them.
     pub fn extend(&mut self, other: &SparseTargets) {
         if self.row_count() == 0 {
             (self.kind, self.log_normalizer) = (other.kind, other.log_normalizer.clone());
+            self.router.clone_from(&other.router);
         } else if other.row_count() > 0 {
             assert_eq!(self.kind, other.kind, "probabilities beside drawn weights");
             match (&mut self.log_normalizer, &other.log_normalizer) {
                 (Some(mine), Some(theirs)) => mine.extend_from_slice(theirs),
                 _ => self.log_normalizer = None,
+            }
+            match (&mut self.router, &other.router) {
+                (Some(mine), Some(theirs)) => {
+                    let of = |codes: &RouterCodes| (codes.layers, codes.experts);
+                    assert_eq!(of(mine), of(theirs), "rows of different routers");
+                    mine.codes.extend_from_slice(&theirs.codes);
+                }
+                _ => self.router = None,
             }
         }
         let base = *self.offsets.last().expect("offsets start with 0");
@@ -141,6 +207,7 @@ impl SparseTargets {
                 .collect(),
             kind: self.kind,
             log_normalizer: self.log_normalizer.as_ref().map(|normalizers| normalizers[start..end].to_vec()),
+            router: self.router.as_ref().map(|router| router.slice(start..end)),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod cache_samples;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use cache_samples::*;
@@ -251,6 +252,147 @@ fn normalizers_are_kept_exactly_where_they_are_asked_for() {
         "a cache of tokens only has no logits whose log_normalizer could be kept; \
          leave out [cache] log_normalizer, or name a teacher"
     );
+}
+
+/// With routers of layers 1 and 4, and what they said of each row.
+fn with_routers(settings: CacheSettings) -> CacheSettings {
+    let router = Some(RouterSettings { layers: vec![1, 4], experts: 5 });
+    let soft_targets = settings.soft_targets.clone().map(|soft_targets| SoftTargetSettings { router, ..soft_targets });
+    CacheSettings { soft_targets, ..settings }
+}
+
+fn codes(number: u64) -> RouterCodes {
+    let mut codes = RouterCodes::empty(2, 5);
+    for place in 0..64 * 2 {
+        let logit = |expert: u64| ((number * 31 + place * 7 + expert * expert * 5) % 17) as f32 / 3.0 - 2.0;
+        codes.push(&(0..5).map(logit).collect::<Vec<f32>>());
+    }
+    codes
+}
+
+#[test]
+fn what_routers_said_is_kept_exactly_by_every_codec_in_a_byte_for_each_expert() {
+    let folder = tempfile::tempdir().unwrap();
+    let sequences = |settings: &CacheSettings, first: u64| {
+        let settings = settings.clone();
+        (first..20).map(move |number| {
+            let (sequence, mut targets) = distributions(&settings, number);
+            targets.router = Some(codes(number));
+            Ok((sequence, Some(targets), number))
+        })
+    };
+    let write = |directory: &Path, settings: &CacheSettings| {
+        write_whole(directory, settings.clone(), |first| sequences(settings, first)).unwrap()
+    };
+    // What is in a cache, zeros in rows that predict nothing.
+    let holds = |directory: &Path| {
+        let cache = CacheReader::open(directory).unwrap();
+        cache.verify().into_result().unwrap();
+        let numbers = [19, 0, 8, 9];
+        let batch = cache.read(&numbers).unwrap();
+        let found = batch.targets.unwrap().router?;
+        assert_eq!((found.layers, found.experts, found.codes.len()), (2, 5, 4 * 64 * 10));
+        let mut silent = 0;
+        for (row, found) in found.codes.chunks(10).enumerate() {
+            let (place, number) = (row % 64, numbers[row / 64]);
+            match batch.sequences[row / 64].is_valid(place) {
+                true => assert_eq!(found, &codes(number).codes[place * 10..place * 10 + 10]),
+                false => assert_eq!(found, [0; 10]),
+            }
+            silent += usize::from(found == [0; 10]);
+        }
+        assert!((1..200).contains(&silent), "rows of both kinds");
+        Some(found)
+    };
+    for codec in [Codec::Raw, Codec::Packed, Codec::Compact] {
+        let path = |name: &str| folder.path().join(format!("{codec:?} {name}"));
+        let settings = with_routers(of_codec(codec));
+        let bytes = |manifest: Manifest| manifest.shards.iter().map(|shard| shard.bytes).sum::<u64>();
+        let kept = bytes(write(&path("kept"), &settings));
+        assert!(holds(&path("kept")).is_some(), "{codec:?}");
+        // Who does not ask for them has a cache as it was before there were any.
+        let left_out = bytes(write(&path("left out"), &of_codec(codec)));
+        assert!(holds(&path("left out")).is_none(), "{codec:?}");
+        write_distributions(&path("without"), &of_codec(codec), 20);
+        assert!(files(&path("left out")) == files(&path("without")));
+        assert!(!fs::read_to_string(path("without").join("manifest.json")).unwrap().contains("router"));
+        let difference = kept - left_out;
+        assert!((20 * 64 * 10..20 * 64 * 10 + 3 * 512).contains(&difference), "{codec:?}: {difference}");
+
+        // Interrupted after some sequences, and written in parts that are merged: the same bytes.
+        let mut writer = CacheWriter::create_or_resume(path("stopped"), settings.clone(), WriterPart::WHOLE).unwrap();
+        for sequence in sequences(&settings, 0).take(11) {
+            let (sequence, targets, bytes) = sequence.unwrap();
+            writer.push(sequence, targets, bytes).unwrap();
+        }
+        drop(writer);
+        write(&path("stopped"), &settings);
+        assert!(files(&path("stopped")) == files(&path("kept")), "{codec:?}");
+        if codec.default_levels().is_none() {
+            let parts = [path("part 1"), path("part 2")];
+            for (part, directory) in (0..).zip(&parts) {
+                let part = WriterPart::new(part, 2).unwrap();
+                let mut writer = CacheWriter::create_or_resume(directory, settings.clone(), part).unwrap();
+                loop {
+                    match writer.next_push().unwrap() {
+                        Next::Sequence(number) if number < 20 => {
+                            let (sequence, targets, bytes) = sequences(&settings, number).next().unwrap().unwrap();
+                            writer.push(sequence, targets, bytes).unwrap();
+                        }
+                        Next::Sequence(_) => writer.end(20).unwrap(),
+                        Next::Wait => unreachable!("nothing is learnt"),
+                        Next::Done => break,
+                    }
+                }
+                writer.finish_part().unwrap();
+            }
+            merge(path("merged"), &parts).unwrap();
+            assert!(files(&path("merged")) == files(&path("kept")));
+        }
+
+        let cache = CacheReader::open(path("kept")).unwrap();
+        let selection = Some(Selection::TopK { k: 2 });
+        convert(&cache, &path("again"), &Conversion { codec: Codec::Compact, selection, ..Default::default() })
+            .unwrap();
+        assert_eq!(holds(&path("again")), holds(&path("kept")));
+
+        // Targets are taken from caches that listened to the same routers.
+        assert!(Reuse::open(&[path("kept")], &settings).is_ok());
+        let error = Reuse::open(&[path("left out")], &settings).map(drop).unwrap_err().to_string();
+        assert!(error.contains("soft_targets.router"), "{error}");
+    }
+}
+
+#[test]
+fn rows_without_what_their_routers_said_are_refused() {
+    let settings = with_routers(of_codec(Codec::Raw));
+    let folder = tempfile::tempdir().unwrap();
+    let (sequence, targets) = distributions(&settings, 1);
+    let valid = (0..64).find(|row| sequence.is_valid(*row)).unwrap();
+    let message = |change: &dyn Fn(&mut Option<RouterCodes>)| {
+        let mut targets = SparseTargets { router: Some(codes(1)), ..targets.clone() };
+        change(&mut targets.router);
+        let mut writer = CacheWriter::create_or_resume(folder.path(), settings.clone(), WriterPart::WHOLE).unwrap();
+        let error = writer.push(sequence.clone(), Some(targets), 0).unwrap_err().to_string();
+        error.split("cannot be stored: ").nth(1).unwrap().split(';').next().unwrap().to_string()
+    };
+    assert_eq!(
+        message(&|router| *router = None),
+        "it has nothing of the teacher's routers, but the cache is one that keeps them"
+    );
+    let other = "its routers are not those of 2 layers with 5 experts";
+    assert_eq!(message(&|router| *router = Some(RouterCodes::empty(2, 5))), other);
+    assert_eq!(message(&|router| router.as_mut().unwrap().experts = 4), other);
+    assert_eq!(
+        message(&|router| router.as_mut().unwrap().codes[valid * 10 + 5..valid * 10 + 10].fill(3)),
+        format!("the router of layer 4 has no likeliest expert in row {valid}")
+    );
+    // A router that gives no numbers.
+    for broken in [f32::NAN, f32::INFINITY] {
+        let mut codes = RouterCodes::empty(1, 3);
+        codes.push(&[0.5, broken, 1.0]);
+        assert_eq!(codes.codes, [0; 3]);
+    }
 }
 
 #[test]

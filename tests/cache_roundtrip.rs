@@ -421,6 +421,7 @@ fn drawn_targets_and_normalisers_come_back_as_they_were() {
             captures,
             kind: TargetKind::Sampled,
             log_normalizer: Some(vec![12.5, -3.0]),
+            router: None,
         };
         (sequence, targets)
     };

@@ -47,6 +47,7 @@ fn batch_of(sequences: Vec<PackedSequence>, teacher: &[f32], vocab: usize, k: us
                 captures: vec![capture],
                 kind: TargetKind::Exact,
                 log_normalizer: None,
+                router: None,
             });
         }
     }
@@ -200,6 +201,7 @@ fn missing_soft_targets_are_an_error_not_a_fallback() {
         captures: vec![Capture { temperature: 1.0, log_probs: vec![], log_tail: vec![0.0], label_log_prob: vec![0.0] }],
         kind: TargetKind::Exact,
         log_normalizer: None,
+        router: None,
     };
     with_gap.extend(&empty);
     with_gap.extend(&targets.slice(1, 16));
@@ -239,6 +241,7 @@ fn drawn(ids: &[u32], weights: &[f32]) -> DistillBatch {
         captures: vec![capture],
         kind: TargetKind::Sampled,
         log_normalizer: None,
+        router: None,
     };
     let sequences = vec![PackedSequence { tokens: vec![0, 1], segments: vec![0, 0] }];
     DistillBatch { sequences, targets: Some(targets), row_weights: None }

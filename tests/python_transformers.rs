@@ -6,6 +6,7 @@
 mod small_run;
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -41,8 +42,8 @@ fn python() -> Option<String> {
     None
 }
 
-/// Writes random token ids, has limbeck compute their logits, and `transformers` compare.
-fn check(python: &str, folder: &Path, checkpoint: &Path, vocab_size: usize, parameters: u64) {
+/// Writes random token ids, has limbeck compute their logits, and `transformers` compare: what it found.
+fn compare(python: &str, folder: &Path, checkpoint: &Path, vocab_size: usize, tolerance: f64, more: &[&str]) -> Value {
     let (tokens, logits) = (folder.join("tokens.safetensors"), folder.join("logits.safetensors"));
     let mut random = ChaCha8Rng::seed_from_u64(9);
     let ids: Vec<i64> = (0..2 * 40).map(|_| random.random_range(0..vocab_size as i64)).collect();
@@ -60,17 +61,23 @@ fn check(python: &str, folder: &Path, checkpoint: &Path, vocab_size: usize, para
     assert_eq!(outcome.stdout, format!("logits: {} [2, 40, {vocab_size}]\n", logits.display()));
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/load_in_transformers.py");
-    let output = Command::new(python).arg(script).args([checkpoint, &logits, &tokens]).output().unwrap();
+    let mut command = Command::new(python);
+    command.arg(script).args([checkpoint, &logits, &tokens]).args(["--tolerance", &tolerance.to_string()]).args(more);
+    let output = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{}: {stdout}{stderr}", checkpoint.display());
     let result: Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!(
-        (&result["ok"], &result["missing_keys"], &result["unexpected_keys"]),
-        (&json!(true), &json!(0), &json!(0))
-    );
-    assert_eq!(result["parameters"], parameters, "{stdout}");
-    assert!(result["max_difference"].as_f64().unwrap() <= 2e-4, "{stdout}");
+    let counts = ["missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"].map(|kind| &result[kind]);
+    assert_eq!((&result["ok"], counts), (&json!(true), [&json!(0); 4]), "{stdout}");
+    assert!(result["max_difference"].as_f64().unwrap() <= tolerance, "{stdout}");
     assert!(result["max_abs_logit"].as_f64().unwrap() > 1.0, "logits that are all alike would prove little: {stdout}");
+    result
+}
+
+/// As [`compare`], and that the weights are as many as they should be.
+fn check(python: &str, folder: &Path, checkpoint: &Path, vocab_size: usize, parameters: u64) {
+    let result = compare(python, folder, checkpoint, vocab_size, 2e-4, &[]);
+    assert_eq!(result["parameters"], parameters, "{result}");
 }
 
 fn dense(vocab_size: usize, tied: bool) -> DecoderConfig {
@@ -153,5 +160,47 @@ fn a_trained_student_loads_in_transformers_whatever_it_was_trained_with() {
         let (parameters, _) = model.config.parameter_counts();
         check(&python, &small.path(""), &checkpoint, small.vocab_size, parameters);
         check(&python, &small.path(""), &checkpoint.join("ema"), small.vocab_size, parameters);
+    }
+}
+
+/// What `limbeck export` writes of a trained student, in f32 and, as it does by itself, in bf16.
+#[test]
+fn an_exported_student_has_equal_logits_in_transformers_in_f32_and_in_bf16() {
+    let Some(python) = python() else { return };
+    let small = SmallRun::new();
+    for shape in ["scout", "maverick", "llama"] {
+        let run = format!("run-{shape}");
+        let sizes = "layers=4, hidden=32, heads=4, kv_heads=2, head_dim=8, max_position=64";
+        let family = match shape {
+            "llama" => "dense_width=48",
+            _ => "experts=4, expert_width=24, dense_width=48, chunk=16, nope_interval=2",
+        };
+        let overrides = [
+            &format!("student.shape={{like=\"{shape}\", {sizes}, {family}}}"),
+            "train.steps=8",
+            "control.enabled=false",
+        ];
+        limbeck::distill::run(&small.recipe(&overrides), &small.options(&run)).unwrap();
+        let trained = small.path(&run).join("checkpoints/step-000008");
+        for (dtype, name) in [(Some("f32"), "float32"), (None, "bfloat16")] {
+            let exported = small.path(&format!("{run}-{name}"));
+            let mut arguments: Vec<&OsStr> =
+                vec!["export".as_ref(), trained.as_ref(), "--output".as_ref(), exported.as_ref()];
+            arguments.extend(dtype.iter().flat_map(|dtype| ["--dtype", dtype]).map(OsStr::new));
+            let outcome = limbeck(&arguments);
+            assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
+            let more = ["--rounded-from", trained.to_str().unwrap(), "--in-bf16"];
+            let result = compare(&python, &small.path(""), &exported, small.vocab_size, 1e-5, &more);
+            assert_eq!(result["stored_dtypes"], json!([name]), "{shape}");
+            let parameters = result["parameters"].as_u64().unwrap();
+            let rounded = result["rounded_weights"].as_u64().unwrap();
+            if name == "bfloat16" {
+                assert!(rounded > parameters * 9 / 10, "trained weights of {shape} that bf16 holds: {result}");
+                // There every activation is rounded as well, and a token may go to another expert.
+                assert!(result["bf16"]["mean_kl"].as_f64().unwrap() <= 2e-4, "{shape}: {result}");
+            } else {
+                assert_eq!(rounded, 0, "{shape}");
+            }
+        }
     }
 }

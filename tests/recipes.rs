@@ -464,6 +464,25 @@ fn contradictions_are_refused_with_a_way_out() {
             &["student.checkpoint=a"][..],
             "`student.checkpoint` is given beside `student.shape`; give only one of the two",
         ),
+        (&["cache.router_layers=[0, 1, 0]"], "`cache.router_layers` has 0 twice; name each layer once"),
+        (
+            &["cache.router_layers=[0]", "teacher.mode=streamed"],
+            "`cache.router_layers` asks for routers, which only a teacher that is resident on one device gives; remove it, \
+             or teacher.mode and teacher.mesh",
+        ),
+        (
+            &["loss.router={layers=[[0, 1]]}", "cache.router_layers=[0]"],
+            "`loss.router.layers` names the teacher's layer 1, whose router the cache does not keep; add 1 to \
+             cache.router_layers",
+        ),
+        (
+            &["loss.router={layers=[[0, 0], [0, 1]]}", "cache.router_layers=[0, 1]"],
+            "`loss.router.layers` has the student's layer 0 twice; let each of its routers follow one of the teacher's",
+        ),
+        (
+            &["loss.router={layers=[]}"],
+            "`loss.router.layers` is empty; name pairs of a student's and a teacher's layer, as in [[0, 0], [1, 4]]",
+        ),
         (&["train.epochs=2"], "`train.epochs` is given beside `train.steps`; give only one of the two"),
         (
             &["student.shape.heads=6", "student.shape.kv_heads=4"],

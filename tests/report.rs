@@ -28,6 +28,7 @@ fn step(arm: &str, step: u64) -> StepMetrics {
         soft_gradient_norm: student.then_some(0.4),
         hard_gradient_norm: 0.9,
         aux_loss: Some(1.02),
+        router_kl: None,
         learning_rate: 3e-3 * (step as f64 / 40.0).min(1.0) * (0.55 + 0.45 * (std::f64::consts::PI * time).cos()),
         grad_norm: 0.8 + 6.0 * (-20.0 * time).exp() + 0.4 * noise.abs(),
         tokens_per_second: 6_100.0 + 400.0 * noise,

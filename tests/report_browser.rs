@@ -68,10 +68,18 @@ fn a_browser_shows_the_charts_of_report_and_comparison() {
         distill::run(&small.recipe(&[seed]), &small.options(name)).unwrap();
     }
     let runs = ["run", "other"].map(|name| ComparedRun::read(&small.path(name)).unwrap());
-    let text = table(&runs);
+    let text = table(&runs, None);
     let starts: Vec<String> =
         text.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>().join(" ")).collect();
-    assert_eq!(starts, ["run arm", "run student", "run averaged", "run control", "other student", "other control"]);
+    let arms = ["run arm", "run student", "run averaged", "run control", "other student", "other control"];
+    let differences = ["", "recipe run", "loss.weighting.soft 0.5", "train.ema 0.9"];
+    assert_eq!(starts, [&arms[..], &differences].concat());
+    assert!(text.ends_with("train.ema            0.9  –\n"), "{text}");
+    // On a narrow terminal an arm is below the other, and a key too.
+    let narrow = table(&runs, Some(30));
+    assert!(narrow.lines().all(|line| line.chars().count() <= 30), "{narrow}");
+    assert!(narrow.starts_with("run, student\n  cross-entropy  "), "{narrow}");
+    assert!(narrow.contains("\ntrain.ema\n  run    0.9\n  other  –\n"), "{narrow}");
     let values = csv(&runs);
     let lines: Vec<&str> = values.lines().collect();
     assert_eq!(lines.len(), 1 + 4 + 3, "a line for each arm, the teacher too");
@@ -98,6 +106,11 @@ fn a_browser_shows_the_charts_of_report_and_comparison() {
         let found = charts(&browser, &small.path(""), &page, width);
         check(&found, &of_report, &format!("report, {width} pixels wide"));
     }
-    let found = charts(&browser, &small.path(""), &html(&runs), 1300);
-    check(&found, &["Held-out cross-entropy", "Divergence from the teacher in training", "Throughput"], "comparison");
+    let page = html(&runs);
+    assert!(page.contains("<tr><th>train.ema</th><td>0.9</td><td>–</td></tr>"), "what differs is said");
+    for width in [1300, 400] {
+        let found = charts(&browser, &small.path(""), &page, width);
+        let of_comparison = ["Held-out cross-entropy", "Divergence from the teacher in training", "Throughput"];
+        check(&found, &of_comparison, &format!("comparison, {width} pixels wide"));
+    }
 }

@@ -320,6 +320,7 @@ fn drawn_batch(teacher: &[f32], rule: Rule, temperatures: &[f32]) -> DistillBatc
             captures: captures.collect(),
             kind: TargetKind::Sampled,
             log_normalizer: None,
+            router: None,
         });
     }
     DistillBatch { sequences, targets: Some(targets), row_weights: None }

@@ -269,6 +269,7 @@ fn predictions_that_are_not_finite_end_the_run_by_its_step() {
             },
             selection: Selection::TopK { k: 4 },
             temperatures: vec![1.0],
+            router: None,
         }),
     };
     let mut tap = CacheTap::resume(folder.path(), settings, vec![1; 64], 0, None).unwrap();

@@ -174,6 +174,9 @@ fn too_many_steps_in_a_row_end_the_run_all_the_same() {
         let dir = folder.path().join(format!("{reaction:?}"));
         let error = train(&dir, guarded(reaction, Reaction::Off), &Source::new().with_weights(&bad)).unwrap_err();
         assert!(matches!(error, Error::Diverged { .. }), "{error}");
+        let said = error.to_string();
+        assert!(said.contains("the gradient's norm is not finite, after 3 others that did not count; "), "{said}");
+        assert!(said.ends_with(", or raise train.guards.limit"), "it skips or rewinds already: {said}");
         let reactions: Vec<Reaction> = held_back(&dir).iter().map(|line| line.reaction).collect();
         assert_eq!(reactions, [reaction, reaction, reaction, Reaction::Stop]);
     }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use limbeck::checkpoint::checkpoint_dir;
+use limbeck::checkpoint::{checkpoint_dir, latest_checkpoint};
 use limbeck::distill;
 use limbeck::train::metrics::{Metric, read_metrics};
 use rand::{RngExt, SeedableRng};
@@ -160,4 +160,27 @@ fn a_second_signal_ends_a_run_at_once() {
         Some(1) => assert!(said.contains("stopped before the state was saved"), "{said}"),
         code => assert_eq!(code, Some(130), "{said}"),
     }
+}
+
+#[test]
+fn a_run_outlives_whoever_reads_its_log() {
+    let small = SmallRun::new();
+    // What it says has nowhere to go from the start.
+    let mut process = start(&small, &small.path("unread"));
+    drop(process.stderr.take());
+    assert_eq!(process.wait().unwrap().code(), Some(0));
+    assert_eq!(step_of(&small.path("unread")), STEPS);
+
+    // And it stops with its state saved when it is asked to.
+    let run_dir = small.path("stopped");
+    let mut process = start(&small, &run_dir);
+    drop(process.stderr.take());
+    while step_of(&run_dir) < 3 {
+        assert_eq!(process.try_wait().unwrap(), None, "it ended before its third step");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    send(&process, "-TERM");
+    let code = process.wait().unwrap().code();
+    assert!(code == Some(130) || step_of(&run_dir) == STEPS, "{code:?}");
+    assert!(latest_checkpoint(&run_dir).unwrap().is_some());
 }

@@ -7,15 +7,78 @@ use std::collections::BTreeMap;
 use burn::tensor::Device;
 use limbeck::checkpoint::checkpoint_dir;
 use limbeck::models::Decoder;
+use limbeck::schedule::{LearningRate, Schedule};
 use limbeck::train::TrainConfig;
 use limbeck::train::balance::RouterConfig;
 use limbeck::train::metrics::{EvalMetrics, Metric};
+use limbeck::train::router::{RouterDistillation, RouterPair};
 use limbeck::train::trainer::AVERAGE_DIR;
 use small_training::*;
 
-/// The balance loss, the z-loss and a selection bias, with weights at which each is felt.
+/// The balance loss, the z-loss, a selection bias and a router that follows the teacher's, with weights at which each is felt.
 fn routed() -> RouterConfig {
-    RouterConfig { balance_weight: 0.05, z_weight: 0.01, bias_rate: 0.02, bias_release: 0.25 }
+    let follow = Some(following(0.2, &[(1, 0)]));
+    RouterConfig { balance_weight: 0.05, z_weight: 0.01, bias_rate: 0.02, bias_release: 0.25, follow }
+}
+
+/// Routers of the student that follow those of the teacher's layers, by their places.
+fn following(weight: f64, pairs: &[(usize, usize)]) -> RouterDistillation {
+    let pairs = pairs.iter().map(|&(block, column)| RouterPair { block, column }).collect();
+    RouterDistillation { weight, pairs, experts: vec![0, 1, 2, 3] }
+}
+
+/// A rate at which routers move in a dozen steps.
+fn following_config(follow: Option<RouterDistillation>) -> TrainConfig {
+    let router = RouterConfig { follow, ..RouterConfig::default() };
+    let learning_rate = LearningRate { warmup: 2, schedule: Schedule::Constant { value: 1e-2 } };
+    TrainConfig { router, learning_rate, evaluate_every: 0, ..config() }
+}
+
+fn router_kls(lines: &[Metric]) -> Vec<Option<f64>> {
+    let steps = lines.iter().filter_map(|line| match line {
+        Metric::Step(step) => Some(step.router_kl),
+        _ => None,
+    });
+    steps.collect()
+}
+
+#[test]
+fn routers_that_follow_the_teachers_come_closer_to_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, follow| {
+        let dir = folder.path().join(name);
+        train(&dir, following_config(follow), &Source::new()).unwrap();
+        router_kls(&metrics(&dir))
+    };
+    let both = [(0, 0), (1, 1)];
+    let (pulled, watched) = (run("pulled", Some(following(2.0, &both))), run("watched", Some(following(1e-6, &both))));
+    let value = |kls: &[Option<f64>], step: usize| kls[step].unwrap();
+    assert!((value(&pulled, 0) / value(&watched, 0) - 1.0).abs() < 1e-9, "the same weights in the first step");
+    let last = |kls: &[Option<f64>]| (9..12).map(|step| value(kls, step)).sum::<f64>() / 3.0;
+    assert!(last(&pulled) < 0.8 * last(&watched), "{} of {} nats are left", last(&pulled), last(&watched));
+    assert!(run("free", None).iter().all(Option::is_none));
+    // A run does not go on with routers that follow in another way.
+    let config = following_config(Some(following(1.0, &both)));
+    let error = train(&folder.path().join("pulled"), config, &Source::new()).unwrap_err().to_string();
+    assert!(error.contains("`router.follow.weight` of the run"), "{error}");
+}
+
+#[test]
+fn the_pull_on_routers_does_not_depend_on_how_a_step_is_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |size: u64| {
+        let dir = folder.path().join(size.to_string());
+        let config = TrainConfig { router: routed(), sequences_per_micro_batch: size, evaluate_every: 0, ..config() };
+        // Masked rows have no part in it.
+        train(&dir, config, &Source::new().with_weights(&[(1, 0.0), (2, 0.5)])).unwrap();
+        (tensors(&dir, STEPS), router_kls(&metrics(&dir)))
+    };
+    let ((whole, whole_kls), (cut, cut_kls)) = (run(4), run(1));
+    let (relative, tensor) = largest_difference(&whole, &cut);
+    assert!(relative <= 1e-4, "{tensor} differs by {relative:e} of its norm");
+    for (whole, cut) in whole_kls.iter().zip(&cut_kls) {
+        assert!((whole.unwrap() - cut.unwrap()).abs() < 1e-4, "{whole:?} {cut:?}");
+    }
 }
 
 #[test]
@@ -34,6 +97,7 @@ fn recomputed_layers_give_the_weights_that_kept_ones_give() {
         let (Metric::Step(kept), Metric::Step(again)) = (kept, again) else { continue };
         assert!((kept.loss - again.loss).abs() < 1e-5 && (kept.grad_norm - again.grad_norm).abs() < 1e-5);
         assert_eq!(kept.expert_load, again.expert_load);
+        assert!((kept.router_kl.unwrap() - again.router_kl.unwrap()).abs() < 1e-6);
     }
 }
 

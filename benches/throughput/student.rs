@@ -63,6 +63,7 @@ pub fn student(
 
         kind: TargetKind::Exact,
         log_normalizer: None,
+        router: None,
     };
     let source = MadeUp { batch: DistillBatch { sequences, targets: Some(targets), row_weights: None } };
     let weighting = Weighting::Constant { soft: 0.5 };

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::manifest::{QuantiserError, ShardRecord};
 use super::quantizer::RowKind;
 use super::record::RecordShape;
-use super::settings::CacheSettings;
+use super::settings::{CacheSettings, RouterSettings};
 use super::shard::{TensorBytes, TensorIndex, Tensors};
 use super::{raw, records};
 use crate::error::Result;
@@ -53,10 +53,11 @@ pub(crate) struct Block {
 impl Block {
     /// No sequences yet, of a cache with these settings.
     pub(crate) fn empty(settings: &CacheSettings) -> Block {
-        let targets = settings
-            .soft_targets
-            .as_ref()
-            .map(|soft| SparseTargets { kind: soft.selection.kind(), ..SparseTargets::empty(&soft.temperatures) });
+        let targets = settings.soft_targets.as_ref().map(|soft| SparseTargets {
+            kind: soft.selection.kind(),
+            router: soft.router.as_ref().map(RouterSettings::empty),
+            ..SparseTargets::empty(&soft.temperatures)
+        });
         Block { tokens: vec![], segments: vec![], targets }
     }
 
@@ -79,6 +80,7 @@ pub(crate) struct Shape {
     /// `None` in a cache of tokens only.
     pub temperatures: Option<Vec<f32>>,
     pub kind: TargetKind,
+    pub router: Option<RouterSettings>,
     record: RecordShape,
 }
 
@@ -108,6 +110,7 @@ impl Shape {
             vocab_size,
             temperatures: soft_targets.map(|soft_targets| soft_targets.temperatures.clone()),
             kind: soft_targets.map_or_else(TargetKind::default, |soft| soft.selection.kind()),
+            router: settings.router().cloned(),
             record: record.expect("settings are checked before they are used"),
         }
     }
@@ -118,9 +121,11 @@ impl Shape {
 
     /// No sequences yet, of a shard of this shape.
     pub(crate) fn empty_block(&self) -> Block {
-        let targets = self.temperatures.as_ref();
-        let targets =
-            targets.map(|temperatures| SparseTargets { kind: self.kind, ..SparseTargets::empty(temperatures) });
+        let targets = self.temperatures.as_ref().map(|temperatures| SparseTargets {
+            kind: self.kind,
+            router: self.router.as_ref().map(RouterSettings::empty),
+            ..SparseTargets::empty(temperatures)
+        });
         Block { tokens: vec![], segments: vec![], targets }
     }
 

@@ -79,7 +79,9 @@ pub use part::WriterPart;
 pub use reader::CacheReader;
 pub use reuse::Reuse;
 pub use sealing::{Missing, Outcome};
-pub use settings::{CacheSettings, Selection, SoftTargetSettings, TeacherIdentity, TokenizerIdentity, TrainingSteps};
+pub use settings::{
+    CacheSettings, RouterSettings, Selection, SoftTargetSettings, TeacherIdentity, TokenizerIdentity, TrainingSteps,
+};
 pub use source::{CacheFiles, LocalFiles, ShardSource};
 pub use summary::{CaptureSummary, Part, Summary};
 pub use unfinished::{Position, is_unfinished};

@@ -52,6 +52,7 @@ pub(crate) fn narrow(targets: &SparseTargets, selection: &Selection) -> SparseTa
             .collect(),
         kind: targets.kind,
         log_normalizer: targets.log_normalizer.clone(),
+        router: targets.router.clone(),
     };
     for row in 0..targets.row_count() {
         let (start, end) = (targets.offsets[row] as usize, targets.offsets[row + 1] as usize);

@@ -1,6 +1,7 @@
 //! The codec `raw`: every number as it is, 32 bits each, offsets 64. The tensor `log_normalizer` is there when the rows
 //! came with it.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use safetensors::Dtype;
@@ -12,6 +13,8 @@ use crate::targets::SparseTargets;
 
 /// Of the normalisers, in every codec.
 pub(crate) const LOG_NORMALIZER: &str = "log_normalizer";
+/// What routers said, in every codec.
+pub(crate) const ROUTER: &str = "router";
 
 /// Name, type and shape of each tensor, in the order of their bytes (64-bit ones first, so that all are aligned).
 fn layout(shape: &Shape, log_normalizer: bool) -> Vec<(String, Dtype, Vec<usize>)> {
@@ -28,7 +31,14 @@ fn layout(shape: &Shape, log_normalizer: bool) -> Vec<(String, Dtype, Vec<usize>
     if log_normalizer {
         layout.push((LOG_NORMALIZER.into(), Dtype::F32, vec![shape.rows()]));
     }
+    layout.extend(router_layout(shape));
     layout
+}
+
+/// The tensor of what routers said, where the cache keeps it.
+pub(crate) fn router_layout(shape: &Shape) -> Option<(String, Dtype, Vec<usize>)> {
+    let router = shape.router.as_ref()?;
+    Some((ROUTER.into(), Dtype::U8, vec![shape.rows(), router.layers.len(), router.experts]))
 }
 
 pub(crate) fn encode<'a>(block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>> {
@@ -42,6 +52,7 @@ pub(crate) fn encode<'a>(block: &'a Block, shape: &Shape) -> Vec<TensorBytes<'a>
             parts.extend([f32s(&capture.log_probs), f32s(&capture.log_tail), f32s(&capture.label_log_prob)]);
         }
         parts.extend(targets.log_normalizer.as_deref().map(f32s));
+        parts.extend(targets.router.as_ref().map(|router| Cow::Borrowed(&router.codes[..])));
     }
     let log_normalizer = block.targets.as_ref().is_some_and(|targets| targets.log_normalizer.is_some());
     let layout = layout(shape, log_normalizer);
@@ -119,8 +130,17 @@ fn decode_targets(
         tensors.extend_f32s(&format!("log_tail.{i}"), rows.clone(), &mut capture.log_tail)?;
         tensors.extend_f32s(&format!("label_log_prob.{i}"), rows.clone(), &mut capture.label_log_prob)?;
     }
-    decode_log_normalizer(tensors, rows, into)?;
+    decode_log_normalizer(tensors, rows.clone(), into)?;
+    decode_router(tensors, rows, into)?;
     into.offsets.extend(offsets[1..].iter().map(|offset| base + (offset - from)));
+    Ok(())
+}
+
+/// Appends what routers said of rows, where it is kept.
+pub(crate) fn decode_router(tensors: &Tensors<'_>, rows: Range<usize>, into: &mut SparseTargets) -> Result<(), String> {
+    let Some(router) = &mut into.router else { return Ok(()) };
+    let width = router.width();
+    router.codes.extend_from_slice(&tensors.u8s(ROUTER, rows.start * width..rows.end * width)?);
     Ok(())
 }
 

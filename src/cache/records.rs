@@ -105,6 +105,8 @@ pub(crate) fn encode<'a>(codec: Codec, block: &'a Block, shape: &Shape, coder: O
     let log_normalizer = block.targets.as_ref().and_then(|targets| targets.log_normalizer.as_deref());
     let mut parts = vec![Cow::Owned(offsets)];
     parts.extend(log_normalizer.map(|values| little_endian(values, |value| value.to_le_bytes())));
+    let router = block.targets.as_ref().and_then(|targets| targets.router.as_ref());
+    parts.extend(router.map(|router| Cow::Borrowed(&router.codes[..])));
     let layout = layout(shape, log_normalizer.is_some(), records.len());
     parts.push(Cow::Owned(records));
     let tensors = layout
@@ -127,6 +129,7 @@ fn layout(shape: &Shape, log_normalizer: bool, record_bytes: usize) -> Vec<(Stri
     if log_normalizer {
         layout.push((raw::LOG_NORMALIZER.into(), Dtype::F32, vec![shape.rows()]));
     }
+    layout.extend(raw::router_layout(shape));
     layout.push((RECORDS.into(), Dtype::U8, vec![record_bytes]));
     layout
 }
@@ -165,7 +168,9 @@ pub(crate) fn decode(
     into: &mut Block,
 ) -> Result<(), String> {
     if let Some(targets) = &mut into.targets {
-        raw::decode_log_normalizer(tensors, range.start * shape.seq_len..range.end * shape.seq_len, targets)?;
+        let rows = range.start * shape.seq_len..range.end * shape.seq_len;
+        raw::decode_log_normalizer(tensors, rows.clone(), targets)?;
+        raw::decode_router(tensors, rows, targets)?;
     }
     let offsets = tensors.u64s(OFFSETS, range.start..range.end + 1)?;
     for (number, ends) in range.zip(offsets.windows(2)) {

@@ -1,8 +1,8 @@
 //! What must hold in every sequence before it is written (docs/cache-format.md, "What holds in every shard").
 
 use super::manifest::Counts;
-use super::settings::{CacheSettings, Selection};
-use crate::targets::{PADDING, PackedSequence, SparseTargets, TargetKind};
+use super::settings::{CacheSettings, RouterSettings, Selection};
+use crate::targets::{PADDING, PackedSequence, RouterCodes, SparseTargets, TargetKind};
 
 /// How far above 0 rounding may lift the logarithm of a probability.
 const ROUNDING: f32 = 1e-3;
@@ -56,6 +56,9 @@ pub(crate) fn check(
                 return wrong("it has no log_normalizer, but the cache is one that keeps it".into());
             }
             check_rows(targets, sequence, &soft_targets.selection, vocab_size)?;
+            if let Some(router) = &soft_targets.router {
+                check_router(targets.router.as_ref(), router, sequence)?;
+            }
         }
     }
     Ok(counts)
@@ -88,6 +91,29 @@ fn check_lengths(targets: &SparseTargets, seq_len: usize, temperatures: &[f32]) 
         && normalizers.len() != seq_len
     {
         return wrong(format!("its log_normalizer has {} numbers, not {seq_len}", normalizers.len()));
+    }
+    Ok(())
+}
+
+fn check_router(
+    codes: Option<&RouterCodes>,
+    router: &RouterSettings,
+    sequence: &PackedSequence,
+) -> Result<(), Problem> {
+    let Some(codes) = codes else {
+        return wrong("it has nothing of the teacher's routers, but the cache is one that keeps them".into());
+    };
+    let (layers, experts) = (router.layers.len(), router.experts);
+    if (codes.layers, codes.experts, codes.codes.len()) != (layers, experts, sequence.seq_len() * router.width()) {
+        return wrong(format!("its routers are not those of {layers} layers with {experts} experts"));
+    }
+    for row in (0..sequence.seq_len()).filter(|row| sequence.is_valid(*row)) {
+        let row_codes = &codes.codes[row * router.width()..(row + 1) * router.width()];
+        for (codes, layer) in row_codes.chunks(experts).zip(&router.layers) {
+            if codes.iter().max() != Some(&u8::MAX) {
+                return wrong(format!("the router of layer {layer} has no likeliest expert in row {row}"));
+            }
+        }
     }
     Ok(())
 }

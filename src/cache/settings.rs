@@ -7,7 +7,7 @@ use super::model::LARGEST_VOCABULARY;
 use super::quantizer::MAX_STEPS;
 use crate::error::{Error, Result};
 pub use crate::selection::Selection;
-use crate::targets::TargetKind;
+use crate::targets::{RouterCodes, TargetKind};
 
 /// The settings of one cache. Two caches with equal settings and equal data hold the same sequences.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +33,9 @@ pub struct CacheSettings {
     pub soft_targets: Option<SoftTargetSettings>,
 }
 
+/// Most experts, of all layers together, whose probabilities a row may have.
+const LARGEST_ROUTER_ROW: usize = 1 << 16;
+
 /// Which tokenizer the token ids belong to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,6 +53,31 @@ pub struct SoftTargetSettings {
     pub selection: Selection,
     /// Temperatures the full rows were captured at.
     pub temperatures: Vec<f32>,
+    /// The teacher's routers that were listened to; `None` for none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterSettings>,
+}
+
+/// Layers of a teacher whose routers' probabilities are kept of each prediction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterSettings {
+    /// Numbers of the layers, from 0.
+    pub layers: Vec<usize>,
+    /// Routed experts of each.
+    pub experts: usize,
+}
+
+impl RouterSettings {
+    /// Bytes that a prediction takes.
+    pub fn width(&self) -> usize {
+        self.layers.len().saturating_mul(self.experts)
+    }
+
+    /// No rows yet.
+    pub(crate) fn empty(&self) -> RouterCodes {
+        RouterCodes::empty(self.layers.len(), self.experts)
+    }
 }
 
 /// Which teacher spoke.
@@ -160,6 +188,20 @@ impl CacheSettings {
             );
             return Err(Error::usage(problem, "count steps from 1, and give at least one that the run has"));
         }
+        if let Some(router) = &soft_targets.router {
+            // No product with it leaves 64 bits, and no shard is all routers by a slip.
+            if router.width() == 0 || router.width() > LARGEST_ROUTER_ROW {
+                let (layers, experts) = (router.layers.len(), router.experts);
+                let problem = format!("the routers of {layers} layers with {experts} experts cannot be kept");
+                let tip =
+                    format!("name layers in [cache] router_layers, with at most {LARGEST_ROUTER_ROW} experts together");
+                return Err(Error::usage(problem, tip));
+            }
+            if let Some(layer) = (1..router.layers.len()).find(|&i| router.layers[..i].contains(&router.layers[i])) {
+                let problem = format!("the router of layer {} would be kept twice", router.layers[layer]);
+                return Err(Error::usage(problem, "name each layer of [cache] router_layers once"));
+            }
+        }
         let rounds = self.codec.default_levels().is_some();
         if rounds && soft_targets.selection.kind() == TargetKind::Sampled && soft_targets.temperatures.len() > 1 {
             let problem = format!("the codec `{}` cannot hold drawn ids at several temperatures", self.codec.name());
@@ -195,6 +237,11 @@ impl CacheSettings {
     /// Levels of the quantiser; of no meaning with an exact codec.
     pub(crate) fn levels(&self) -> u16 {
         self.levels.or(self.codec.default_levels()).unwrap_or(1)
+    }
+
+    /// The routers that are kept, if any are.
+    pub fn router(&self) -> Option<&RouterSettings> {
+        self.soft_targets.as_ref().and_then(|soft_targets| soft_targets.router.as_ref())
     }
 
     /// Whether normalisers that rows come with are written.
@@ -266,6 +313,7 @@ pub(super) mod tests {
                 },
                 selection: Selection::TopK { k: 4 },
                 temperatures: vec![1.0, 0.7],
+                router: None,
             }),
         }
     }
@@ -303,6 +351,21 @@ pub(super) mod tests {
         assert_eq!(
             message(|settings| soft(settings, 1, vec![2.0, 2.0])),
             "temperature 2 is captured twice; name each of [cache] temperatures once"
+        );
+        let routers = |layers: Vec<usize>, experts| {
+            message(|settings| {
+                settings.soft_targets.as_mut().unwrap().router = Some(RouterSettings { layers, experts })
+            })
+        };
+        assert_eq!(
+            routers(vec![1], 65_537),
+            "the routers of 1 layers with 65537 experts cannot be kept; name layers in [cache] router_layers, with at most \
+             65536 experts together"
+        );
+        assert!(routers(vec![], 4).starts_with("the routers of 0 layers with 4 experts cannot be kept"));
+        assert_eq!(
+            routers(vec![3, 1, 3], 4),
+            "the router of layer 3 would be kept twice; name each layer of [cache] router_layers once"
         );
         let steps = TrainingSteps { from_step: 9, every: 2, last_step: 8, sequences_per_step: 4 };
         assert_eq!(

@@ -227,7 +227,7 @@ impl CacheWriter {
     /// Appends the sequence that [`next_push`](Self::next_push) asks for, with its rows (`seq_len` of them; `None` in a cache of
     /// tokens only); seals the shard when that fills it. `text_bytes`: bytes of text that its valid rows predict.
     ///
-    /// `log_tail` and `label_log_prob` of rows that are not valid are stored as 0. After an error about the sequence the
+    /// `log_tail`, `label_log_prob` and codes of routers of rows that are not valid are stored as 0. After an error about the sequence the
     /// writer is as before.
     ///
     /// # Errors
@@ -260,10 +260,17 @@ impl CacheWriter {
             if !self.settings.keeps_log_normalizer() {
                 rows.log_normalizer = None;
             }
+            if self.settings.router().is_none() {
+                rows.router = None;
+            }
             for row in (0..sequence.seq_len()).filter(|row| !sequence.is_valid(*row)) {
                 for capture in &mut rows.captures {
                     capture.log_tail[row] = 0.0;
                     capture.label_log_prob[row] = 0.0;
+                }
+                if let Some(router) = &mut rows.router {
+                    let width = router.width();
+                    router.codes[row * width..(row + 1) * width].fill(0);
                 }
             }
             mine.extend(&rows);

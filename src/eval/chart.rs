@@ -74,6 +74,8 @@ pub struct LineChart {
     pub levels: Vec<Level>,
     /// A sentence under the chart.
     pub note: String,
+    /// Whether the legend says where each series ends; of no meaning where the horizontal axis is not time.
+    pub says_ends: bool,
     /// Includes zero in the vertical range.
     pub from_zero: bool,
     /// Leaves the first twentieth of the horizontal range out of the vertical range, so that the fall of the first
@@ -92,6 +94,7 @@ impl LineChart {
             series: Vec::new(),
             levels: Vec::new(),
             note: String::new(),
+            says_ends: true,
             from_zero: false,
             settle: false,
             log_when_wide: false,
@@ -131,7 +134,8 @@ impl LineChart {
         let mut legend = Legend::default();
         for series in self.series.iter().filter(|series| series.stroke != Stroke::Faint) {
             let last = series.points.iter().rev().find(|&&point| is_drawable(point));
-            legend.line(&series.name, series.color, series.stroke, last.map(|&(_, y)| short_number(y)));
+            let end = last.filter(|_| self.says_ends).map(|&(_, y)| short_number(y));
+            legend.line(&series.name, series.color, series.stroke, end);
         }
         for level in &self.levels {
             let value = is_drawable((0.0, level.value)).then(|| short_number(level.value));

@@ -2,6 +2,7 @@
 //!
 //! Reads what the runs left, and measures nothing.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::eval::chart::{Color, LineChart, Series, Stroke, escape, smoothed};
 use crate::eval::page::{END, beginning};
 use crate::eval::report::{Arm, Curves, Report, Role};
+use crate::eval::text_table;
 use crate::quantity::{NONE, decimal, percent, short_count, thousands};
 use crate::train::metrics::{Metric, read_metrics};
 
@@ -17,6 +19,8 @@ use crate::train::metrics::{Metric, read_metrics};
 #[derive(Debug, Clone)]
 pub struct ComparedRun {
     pub name: String,
+    /// Each key of its recipe, defaults included, with its value.
+    pub recipe: BTreeMap<String, String>,
     pub report: Option<Report>,
     pub student: Curves,
 }
@@ -36,7 +40,9 @@ impl ComparedRun {
         let lines: Vec<Metric> = if metrics.is_file() { read_metrics(metrics)? } else { vec![] };
         let name = dir.file_name().or(dir.parent().and_then(Path::file_name)).unwrap_or(dir.as_os_str());
         let name = name.to_string_lossy().into_owned();
-        Ok(ComparedRun { name, report, student: Curves::from_metrics(Role::Student, &lines) })
+        let recipe = dir.join("recipe.toml");
+        let recipe = if recipe.is_file() { read_recipe(&recipe)? } else { BTreeMap::new() };
+        Ok(ComparedRun { name, recipe, report, student: Curves::from_metrics(Role::Student, &lines) })
     }
 
     fn arms(&self) -> &[Arm] {
@@ -47,6 +53,43 @@ impl ComparedRun {
     fn last_held_out(&self) -> Option<(u64, f64)> {
         self.student.held_out.last().copied()
     }
+}
+
+fn read_recipe(path: &Path) -> Result<BTreeMap<String, String>> {
+    fn flatten(prefix: &str, table: &toml::Table, into: &mut BTreeMap<String, String>) {
+        for (key, value) in table {
+            let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+            match value {
+                toml::Value::Table(table) => flatten(&key, table, into),
+                toml::Value::String(text) => drop(into.insert(key, text.clone())),
+                value => drop(into.insert(key, value.to_string())),
+            }
+        }
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let table: toml::Table = toml::from_str(&text)
+        .map_err(|error| Error::file(path, format!("is no recipe: {}", error.message()), "restore it, or remove it"))?;
+    let mut keys = BTreeMap::new();
+    flatten("", &table, &mut keys);
+    Ok(keys)
+}
+
+/// The keys in which the runs' recipes differ, each with its values, after a row of titles; nothing when none does. What a
+/// run is called and where it lies is no difference.
+fn differences(runs: &[ComparedRun]) -> Vec<Vec<String>> {
+    let known: Vec<(&ComparedRun, String)> =
+        runs.iter().zip(distinct(runs)).filter(|(run, _)| !run.recipe.is_empty()).collect();
+    let keys: BTreeSet<&String> = known.iter().flat_map(|(run, _)| run.recipe.keys()).collect();
+    let titles = std::iter::once("recipe".to_string()).chain(known.iter().map(|(_, name)| name.clone()));
+    let mut rows = vec![titles.collect::<Vec<_>>()];
+    for key in keys.into_iter().filter(|key| *key != "name" && *key != "run.dir") {
+        let values: Vec<Option<&String>> = known.iter().map(|(run, _)| run.recipe.get(key)).collect();
+        if values.iter().any(|value| *value != values[0]) {
+            let shown = values.iter().map(|value| value.map_or(NONE.to_string(), Clone::clone));
+            rows.push(std::iter::once(key.clone()).chain(shown).collect());
+        }
+    }
+    if rows.len() > 1 { rows } else { vec![] }
 }
 
 /// Gives each run a name that no other has.
@@ -93,19 +136,16 @@ fn rows(runs: &[ComparedRun]) -> Vec<[String; 9]> {
 const TITLES: [&str; 9] =
     ["run", "arm", "cross-entropy", "perplexity", "KL to teacher", "top-1", "best step", "tokens", "tokens/s"];
 
-/// The table for a terminal.
-pub fn table(runs: &[ComparedRun]) -> String {
-    let rows: Vec<[String; 9]> = std::iter::once(TITLES.map(str::to_string)).chain(rows(runs)).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; 9] = std::array::from_fn(width);
-    let mut text = String::new();
-    for row in &rows {
-        let cells = row.iter().enumerate().map(|(column, cell)| {
-            let pad = " ".repeat(widths[column] - cell.chars().count());
-            if column < 2 { format!("{cell}{pad}") } else { format!("{pad}{cell}") }
-        });
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+/// The table for a terminal, and one of what differs in the recipes, in lines of at most `width` characters: an arm below the other where columns do not fit.
+pub fn table(runs: &[ComparedRun], width: Option<usize>) -> String {
+    let titles = std::iter::once(TITLES.map(str::to_string));
+    let rows: Vec<Vec<String>> = titles.chain(rows(runs)).map(Vec::from).collect();
+    let mut text = text_table::table(&rows, 2, &[0, 1], width);
+    let differences = differences(runs);
+    if !differences.is_empty() {
+        let all: Vec<usize> = (0..differences[0].len()).collect();
         text.push('\n');
+        text.push_str(&text_table::table(&differences, 1, &all, width));
     }
     text
 }
@@ -159,17 +199,29 @@ pub fn html(runs: &[ComparedRun]) -> String {
         }
         page.push_str("</tr>\n");
     }
-    page.push_str(
-        "</tbody></table></div>\n</section>\n<section>\n<h2>Students in training</h2>\n<div class=\"grid\">\n",
-    );
+    page.push_str("</tbody></table></div>\n</section>\n");
+    let differences = differences(runs);
+    if let Some((titles, rows)) = differences.split_first() {
+        let cells = |tag: &str, cells: &[String]| -> String {
+            cells.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect()
+        };
+        page.push_str("<section>\n<h2>What differs</h2>\n<div class=\"card scroll\"><table class=\"text\">\n");
+        let _ = writeln!(page, "<thead><tr>{}</tr></thead>\n<tbody>", cells("th", titles));
+        for row in rows {
+            let _ = writeln!(page, "<tr>{}{}</tr>", cells("th", &row[..1]), cells("td", &row[1..]));
+        }
+        page.push_str("</tbody></table></div>\n</section>\n");
+    }
+    page.push_str("<section>\n<h2>Students in training</h2>\n<div class=\"grid\">\n");
     type Of = fn(&Curves) -> &Vec<(u64, f64)>;
-    let charts: [(&str, &str, Of); 7] = [
+    let charts: [(&str, &str, Of); 8] = [
         ("Held-out cross-entropy", "nats per token", |curves| &curves.held_out),
         ("Cross-entropy of the training labels", "nats per token", |curves| &curves.hard_loss),
         ("Divergence from the teacher in training", "nats per token", |curves| &curves.soft_loss),
         ("Weight of the soft target", "weight", |curves| &curves.soft_weight),
         ("Gradient norm", "norm before clipping", |curves| &curves.grad_norm),
         ("Load of the busiest expert", "times the even share", |curves| &curves.imbalance),
+        ("Routers against the teacher's", "KL in nats per token", |curves| &curves.router_kl),
         ("Throughput", "tokens per second", |curves| &curves.tokens_per_second),
     ];
     const COLORS: [Color; 5] = [Color::Blue, Color::Orange, Color::Green, Color::Purple, Color::Grey];

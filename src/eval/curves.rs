@@ -39,6 +39,9 @@ pub struct Curves {
     /// The largest share of a layer's tokens that one expert had, over the even share; the mean of the layers.
     #[serde(default, deserialize_with = "points_or_nan")]
     pub imbalance: Vec<(u64, f64)>,
+    /// KL of routers from the teacher's that they follow.
+    #[serde(default, deserialize_with = "points_or_nan", skip_serializing_if = "Vec::is_empty")]
+    pub router_kl: Vec<(u64, f64)>,
     /// Steps that a guard held back.
     #[serde(default)]
     pub held_back: Vec<GuardMetrics>,
@@ -62,6 +65,7 @@ impl Curves {
             tokens_per_second: Vec::new(),
             averaged: Vec::new(),
             imbalance: Vec::new(),
+            router_kl: Vec::new(),
             held_back: Vec::new(),
         };
         for metric in metrics.iter().filter(|metric| metric.arm() == role.name()) {
@@ -77,6 +81,7 @@ impl Curves {
                     curves.learning_rate.push((line.step, line.learning_rate));
                     curves.grad_norm.push((line.step, line.grad_norm));
                     curves.tokens_per_second.push((line.step, line.tokens_per_second));
+                    curves.router_kl.extend(line.router_kl.map(|value| (line.step, value)));
                     curves.imbalance.extend(imbalance(&line.expert_load).map(|value| (line.step, value)));
                 }
                 Metric::Evaluation(line) => {

@@ -21,7 +21,11 @@ pub(super) fn sections(page: &mut String, report: &Report) {
             ("Agreement with the teacher", "share of tokens", |bin| bin.agreement),
         ];
         for (title, unit, of) in charts {
-            let mut chart = LineChart { from_zero: true, ..LineChart::new(title, "teacher's entropy, nats", unit) };
+            let mut chart = LineChart {
+                from_zero: true,
+                says_ends: false,
+                ..LineChart::new(title, "teacher's entropy, nats", unit)
+            };
             for arm in &sure {
                 chart.series.push(series(arm, arm.evaluation.by_entropy.iter().map(|bin| (middle(bin), of(bin)))));
             }
@@ -37,6 +41,7 @@ pub(super) fn sections(page: &mut String, report: &Report) {
     page.push_str("<section>\n<h2>Calibration</h2>\n<div class=\"grid\">\n");
     let mut chart = LineChart {
         from_zero: true,
+        says_ends: false,
         ..LineChart::new("Reliability", "probability of the likeliest token", "share that was right")
     };
     let even = vec![(0.0, 0.0), (1.0, 1.0)];

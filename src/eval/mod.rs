@@ -13,3 +13,4 @@ pub mod held_out;
 mod judgement;
 mod page;
 pub mod report;
+mod text_table;

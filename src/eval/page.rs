@@ -234,6 +234,13 @@ fn training(page: &mut String, report: &Report) {
         load.note = "In a step, the mean of the layers with experts; 1 is even.".to_string();
         charts.push(load);
     }
+    let mut routers =
+        smooth_chart(report, "Routers against the teacher's", "KL in nats per token", |curves| &curves.router_kl);
+    routers.series.retain(|series| !series.points.is_empty());
+    if !routers.series.is_empty() {
+        routers.settle = true;
+        charts.push(routers);
+    }
     let mut soft = smooth_chart(report, "Divergence from the teacher in training", NATS, |curves| &curves.soft_loss);
     if soft.series.iter().any(|series| !series.points.is_empty()) {
         soft.series.retain(|series| !series.points.is_empty());

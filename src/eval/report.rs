@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::eval::calibration::{ConfidenceBin, EntropyBin};
 pub use crate::eval::curves::Curves;
 use crate::eval::page;
+use crate::eval::text_table;
 use crate::quantity::{NONE, decimal, percent, short_count, thousands};
 use crate::train::best::Best;
 use crate::train::metrics::{number_or_nan, rows_or_nan};
@@ -298,6 +299,11 @@ impl Report {
 
     /// The table for the end of a run: one line an arm, then the result in words.
     pub fn table(&self) -> String {
+        self.table_within(None)
+    }
+
+    /// As [`Report::table`], in lines of at most `width` characters: an arm below the other where columns do not fit.
+    pub fn table_within(&self, width: Option<usize>) -> String {
         let titles =
             ["", "cross-entropy", "perplexity", "bits/byte", "KL to teacher", "top-1", "active/total", "model"];
         let mut rows: Vec<Vec<String>> = vec![titles.map(str::to_string).to_vec()];
@@ -314,26 +320,11 @@ impl Report {
                 arm.name.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect(),
             ]);
         }
-        let last = titles.len() - 1;
-        let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..titles.len()).map(width).collect();
-        let mut text = String::new();
-        for row in &rows {
-            let cells = row.iter().enumerate().map(|(column, cell)| {
-                let pad = " ".repeat(widths[column] - cell.chars().count());
-                if column == 0 || column == last { format!("{cell}{pad}") } else { format!("{pad}{cell}") }
-            });
-            text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-            text.push('\n');
-        }
+        let mut text = text_table::table(&rows, 1, &[0, titles.len() - 1], width);
         let headline = self.headline();
         text.push('\n');
-        text.push_str(&headline.sentence);
-        text.push('\n');
-        for note in headline.notes {
-            text.push_str(&note);
-            text.push('\n');
-        }
+        text.push_str(&text_table::wrapped(&headline.sentence, width));
+        headline.notes.iter().for_each(|note| text.push_str(&text_table::wrapped(note, width)));
         text
     }
 

@@ -195,6 +195,7 @@ fn settings(source: &Source, options: &ImportOptions) -> Result<CacheSettings> {
             },
             selection: Selection::TopK { k: source.k.min(vocab_size) },
             temperatures: vec![options.temperature],
+            router: None,
         }),
     })
 }

@@ -23,6 +23,7 @@
 //!         }],
 //!         kind: TargetKind::Exact,
 //!         log_normalizer: None,
+//!         router: None,
 //!     }),
 //!     row_weights: None,
 //! };

@@ -147,6 +147,28 @@ impl DecoderConfig {
         self.layers.iter().enumerate().filter_map(|(i, layer)| experts(layer).map(|count| (i, count))).collect()
     }
 
+    /// The number of experts of each of some layers, which is the same for all of them; 0 for no layers.
+    ///
+    /// # Errors
+    /// When one has none, or another number than the first.
+    pub fn experts_of(&self, layers: &[usize]) -> Result<usize> {
+        let all = self.expert_layers();
+        let count = |layer: &usize| all.iter().find(|(number, _)| number == layer).map(|(_, count)| *count);
+        let first = layers.first().and_then(count).unwrap_or(0);
+        match layers.iter().find(|layer| count(layer).is_none_or(|count| count != first)) {
+            None => Ok(first),
+            Some(layer) => {
+                let numbers: Vec<String> = all.iter().map(|(number, _)| number.to_string()).collect();
+                let tip = match numbers.is_empty() {
+                    true => "this model has none in any layer; leave its routers out".into(),
+                    false => format!("layers with experts are {}", numbers.join(", ")),
+                };
+                let other = if count(layer).is_some() { "another number of experts" } else { "no routed experts" };
+                Err(Error::usage(format!("layer {layer} has {other}"), tip))
+            }
+        }
+    }
+
     /// Refuses sequences longer than the model was made for.
     pub fn check_seq_len(&self, seq_len: usize) -> Result<()> {
         if seq_len > self.max_position {

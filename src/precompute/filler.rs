@@ -43,10 +43,12 @@ impl<'a> Filler<'a> {
     ) -> Result<Self> {
         let mut teacher = LiveTeacher::new(recipe, inputs, options, world)?;
         let identity = teacher.identity()?;
+        let router = inputs.teacher.as_ref().map(|teacher| recipe.kept_routers(teacher)).transpose()?.flatten();
         let soft_targets = identity.map(|teacher| SoftTargetSettings {
             teacher,
             selection: recipe.cache.selection(),
             temperatures: recipe.cache.temperatures.iter().map(|&t| t as f32).collect(),
+            router,
         });
         Ok(Filler {
             recipe,
@@ -119,10 +121,12 @@ impl<'a> Filler<'a> {
             codec: self.recipe.cache.codec,
             levels: self.recipe.cache.levels,
             log_normalizer: self.recipe.cache.log_normalizer,
-            soft_targets: self
-                .soft_targets
-                .clone()
-                .map(|soft_targets| SoftTargetSettings { selection: self.selection(split), ..soft_targets }),
+            soft_targets: self.soft_targets.clone().map(|soft_targets| SoftTargetSettings {
+                selection: self.selection(split),
+                // Routers are learnt from, and not measured.
+                router: soft_targets.router.filter(|_| split != "held_out"),
+                ..soft_targets
+            }),
         })
     }
 

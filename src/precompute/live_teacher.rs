@@ -188,7 +188,8 @@ impl<'a> LiveTeacher<'a> {
             } else {
                 let weights = CheckpointWeights::new(reader).in_numbers(numbers_of(section));
                 let model = Decoder::load_for_inference(config.clone(), &weights, device)?;
-                Teacher::Resident(Box::new(ResidentTeacher::new(model, selection, &temperatures)?))
+                let teacher = ResidentTeacher::new(model, selection, &temperatures)?;
+                Teacher::Resident(Box::new(teacher.with_router_layers(&recipe.cache.router_layers)?))
             });
         }
         Ok(self.teacher.as_mut().expect("just loaded"))

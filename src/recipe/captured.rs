@@ -8,8 +8,18 @@ use crate::targets::TargetSource;
 
 /// Keys that the cache answers.
 const DATA_KEYS: [&str; 4] = ["sources", "tokens", "seq_len", "held_out"];
-const CACHE_KEYS: [&str; 9] =
-    ["selection", "top_k", "temperatures", "codec", "levels", "log_normalizer", "reuse", "sequences_per_shard", "dir"];
+const CACHE_KEYS: [&str; 10] = [
+    "selection",
+    "top_k",
+    "temperatures",
+    "codec",
+    "levels",
+    "log_normalizer",
+    "router_layers",
+    "reuse",
+    "sequences_per_shard",
+    "dir",
+];
 
 /// Fills in what the cache says.
 ///
@@ -59,6 +69,7 @@ pub(super) fn take_over(recipe: &mut Recipe) -> Result<()> {
     recipe.cache.codec = settings.codec;
     recipe.cache.levels = settings.levels;
     recipe.cache.log_normalizer = settings.log_normalizer;
+    recipe.cache.router_layers = targets.router.as_ref().map_or(vec![], |router| router.layers.clone());
     recipe.cache.sequences_per_shard = settings.sequences_per_shard;
     Ok(())
 }

@@ -4,7 +4,7 @@
 use super::schema::{
     Dtype, LearningRateKind, LearningRateSection, Recipe, Shape, ShapeName, TeacherMode, TeacherSection,
 };
-use super::{micro_batch_key::MicroBatch, remote_teacher, student_init, tap, training};
+use super::{micro_batch_key::MicroBatch, remote_teacher, router, student_init, tap, training};
 use crate::data::{DataSource, HeldOut};
 use crate::error::{Error, Result};
 use crate::loss::{DistillLossConfig, Divergence, Weighting};
@@ -18,6 +18,7 @@ pub(super) fn check(recipe: &Recipe) -> Result<()> {
     check_student(recipe)?;
     check_loss(recipe)?;
     check_sampled(recipe)?;
+    router::check(recipe)?;
     check_train(recipe)?;
     training::check(recipe)?;
     tap::check(recipe)

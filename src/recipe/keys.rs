@@ -3,6 +3,7 @@
 
 use serde::de::{Deserialize, Deserializer, Visitor};
 
+use super::router::RouterSection;
 use super::schema::{
     CacheSection, ControlSection, DataSection, LearningRateSection, LossSection, Recipe, RunSection, Shape,
     StudentSection, TeacherSection, TrainSection,
@@ -48,6 +49,7 @@ pub(super) fn sections() -> Vec<Section> {
             path: "loss.weighting",
             keys: &["kind", "soft", "from", "to", "decay", "ratio", "momentum", "rate", "power", "scale", "floor"],
         },
+        section::<RouterSection>("loss.router"),
         section::<TrainSection>("train"),
         section::<LearningRateSection>("train.lr"),
         section::<ParameterGroup>("train.groups[]"),

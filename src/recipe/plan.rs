@@ -43,6 +43,9 @@ pub struct Plan {
     pub epochs: f64,
     /// Bytes of the training cache.
     pub cache_bytes: u64,
+    /// Those of them that a prediction's routers take, once the teacher is known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub router_bytes: u64,
     /// What is trained: `student`, and `control` when the recipe asks for it.
     pub arms: Vec<String>,
     /// The sizes of the models, once they are known.
@@ -154,6 +157,7 @@ impl Plan {
             trained_tokens: 0,
             epochs: 0.0,
             cache_bytes: 0,
+            router_bytes: 0,
             arms,
             teacher: None,
             student: None,
@@ -181,6 +185,12 @@ impl Plan {
             self.warnings.push("the student is larger than its teacher".to_string());
         }
         (self.student, self.teacher) = (Some(student), teacher);
+    }
+
+    /// Adds the bytes that each prediction's routers take in the cache.
+    pub fn set_routers(&mut self, bytes: u64) -> Result<()> {
+        self.router_bytes = bytes;
+        self.count()
     }
 
     /// Where the student's own predictions go, if the recipe asks for them.
@@ -218,8 +228,14 @@ impl Plan {
             (true, Codec::Packed | Codec::Compact, Some(true)) => bytes.saturating_add(normalizers),
             _ => bytes,
         };
+        let routers = sequences.saturating_mul(seq_len).saturating_mul(self.router_bytes);
+        self.cache_bytes = self.cache_bytes.saturating_add(routers);
         Ok(())
     }
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// What a recipe may say but hardly means.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::load::Origin;
+use super::router::RouterSection;
 use super::student_init::StudentInit;
 use super::tap::TapSection;
 pub use super::train_section::{LearningRateKind, LearningRateSection, TrainSection};
@@ -170,6 +171,9 @@ pub struct CacheSection {
     /// Whether the log-sum-exp of the teacher's logits is kept beside each prediction. Default: with `raw`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_normalizer: Option<bool>,
+    /// Numbers of the teacher's layers whose routers are kept beside each prediction. Default: none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub router_layers: Vec<usize>,
     /// Packed sequences in one shard file. Default 512.
     pub sequences_per_shard: usize,
     /// Directories of finished caches of other runs, from which equal sequences take their targets. Default: none.
@@ -191,6 +195,7 @@ impl Default for CacheSection {
             codec: Codec::Raw,
             levels: None,
             log_normalizer: None,
+            router_layers: vec![],
             reuse: vec![],
             sequences_per_shard: 512,
             dir: None,
@@ -320,6 +325,9 @@ pub struct LossSection {
     /// Weight of the soft target through the run; the hard target has the rest. Default with a teacher:
     /// linear from 0.9 to 0.5.
     pub weighting: Option<Weighting>,
+    /// Routers of the student that follow the teacher's. Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub router: Option<RouterSection>,
 }
 
 impl Default for LossSection {
@@ -330,6 +338,7 @@ impl Default for LossSection {
             temperature: 1.0,
             t_scale: true,
             weighting: None,
+            router: None,
         }
     }
 }

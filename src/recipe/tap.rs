@@ -77,6 +77,7 @@ impl TapSection {
                 teacher,
                 selection: self.selection(),
                 temperatures: self.temperatures.iter().map(|&temperature| temperature as f32).collect(),
+                router: None,
             }),
         }
     }

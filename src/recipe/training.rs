@@ -50,7 +50,7 @@ impl TrainSection {
         }
     }
 
-    /// How routers are trained.
+    /// How routers are trained, but for those that follow a teacher's.
     pub fn router(&self) -> RouterConfig {
         let bias = self.router_balance;
         RouterConfig {
@@ -58,6 +58,7 @@ impl TrainSection {
             z_weight: self.router_z_weight,
             bias_rate: bias.map_or(0.0, |bias| bias.rate),
             bias_release: bias.map_or(0.0, |bias| bias.release),
+            follow: None,
         }
     }
 }

@@ -61,7 +61,14 @@ pub(super) fn targets(sequences: &[(u64, &PackedSequence)], rows: Vec<CompleteRo
             capture.label_log_prob.push(row.label_log_prob);
             offsets.push(ids.len() as u64);
         }
-        SparseTargets { offsets, ids, captures: vec![capture], kind: TargetKind::Exact, log_normalizer: None }
+        SparseTargets {
+            offsets,
+            ids,
+            captures: vec![capture],
+            kind: TargetKind::Exact,
+            log_normalizer: None,
+            router: None,
+        }
     });
     targets.collect()
 }

@@ -162,6 +162,7 @@ impl Predictions {
                 captures,
                 kind: self.selection.kind(),
                 log_normalizer: Some(vec![kept.log_normalizer]),
+                router: None,
             });
         }
         Ok(())
@@ -189,7 +190,14 @@ impl Predictions {
             label_log_prob: vec![0.0],
         });
         let (captures, kind) = (captures.collect(), self.selection.kind());
-        SparseTargets { offsets: vec![0, 0], ids: vec![], captures, kind, log_normalizer: Some(vec![0.0]) }
+        SparseTargets {
+            offsets: vec![0, 0],
+            ids: vec![],
+            captures,
+            kind,
+            log_normalizer: Some(vec![0.0]),
+            router: None,
+        }
     }
 }
 

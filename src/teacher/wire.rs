@@ -84,7 +84,14 @@ pub(super) fn targets_from(bytes: &[u8], temperatures: &[f32], selection: &Selec
         })
     });
     let captures = captures.collect::<Result<_>>()?;
-    Ok(SparseTargets { offsets, ids, captures, kind: selection.kind(), log_normalizer: Some(normalizers) })
+    Ok(SparseTargets {
+        offsets,
+        ids,
+        captures,
+        kind: selection.kind(),
+        log_normalizer: Some(normalizers),
+        router: None,
+    })
 }
 
 pub(super) fn counts_to_bytes(counts: &StreamCounts) -> Vec<u8> {
@@ -134,6 +141,7 @@ mod tests {
             captures: vec![capture(1.0), capture(2.0)],
             kind: selection.kind(),
             log_normalizer: Some(vec![3.5, 4.5]),
+            router: None,
         };
         assert_eq!(targets_from(&targets_to_bytes(&targets), &[1.0, 2.0], &selection).unwrap(), targets);
         let counts = StreamCounts {

@@ -13,6 +13,7 @@
 use burn::tensor::{Tensor, TensorData, activation::softmax};
 use serde::{Deserialize, Serialize};
 
+use super::router::RouterDistillation;
 use crate::models::feed_forward::Routing;
 
 /// How routers are trained beside the loss on tokens.
@@ -26,6 +27,8 @@ pub struct RouterConfig {
     pub bias_rate: f64,
     /// Share (0..1) of the run, at its end, in which the bias goes back to 0.
     pub bias_release: f64,
+    /// Which routers follow the teacher's; `None` for none.
+    pub follow: Option<RouterDistillation>,
 }
 
 impl RouterConfig {

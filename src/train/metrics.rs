@@ -53,6 +53,10 @@ pub struct StepMetrics {
     pub hard_gradient_norm: f64,
     /// The router's load-balancing loss, unweighted; `None` for a dense model.
     pub aux_loss: Option<f64>,
+    /// KL of the student's routers from the teacher's that they follow, unweighted, in nats per token; `None` where none
+    /// does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_kl: Option<f64>,
     #[serde(deserialize_with = "number_or_nan")]
     pub learning_rate: f64,
     /// Euclidean norm of all gradients, before clipping.

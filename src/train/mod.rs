@@ -13,6 +13,7 @@ pub mod optimizer;
 pub mod order;
 mod pass;
 pub mod prefetch;
+pub mod router;
 pub mod tap;
 pub mod tensorboard;
 pub mod trainer;

@@ -8,7 +8,7 @@
 
 use burn::tensor::{Gradients, Tensor};
 
-use super::{balance::LoadBalance, balance::RouterConfig, tap::Tap};
+use super::{balance::LoadBalance, balance::RouterConfig, router::TeacherRouting, tap::Tap};
 use crate::{
     error::Result,
     loss::{DistillLoss, LossOutput, distill::scalar},
@@ -32,6 +32,15 @@ pub(super) struct Sums {
     pub balance: Option<f64>,
     /// What routers are trained by beside the loss on tokens.
     pub router: f64,
+    /// KL of routers from the teacher's, unweighted, averaged over pairs; `None` where none follows.
+    pub router_kl: Option<f64>,
+}
+
+/// What is added up over the routers of a micro-batch.
+#[derive(Default)]
+struct RouterSums {
+    loss: f64,
+    kl: Option<f64>,
 }
 
 impl Pass<'_> {
@@ -49,6 +58,7 @@ impl Pass<'_> {
             return self.layers(model, balance, batch, tap, gather);
         }
         let layout = TokenLayout::of_batch(&model.config, batch);
+        let teacher = self.teacher(batch)?;
         let (hidden, routings) = model.forward(&layout);
         self.show(tap, batch, &hidden)?;
         if !is_finite(&hidden) {
@@ -57,17 +67,16 @@ impl Pass<'_> {
         let mut output = self.loss.forward(self.step, hidden, model.lm_head(), batch)?;
         balance.count(&routings);
         let mut sum = output.sum.clone();
-        let (mut router, blocks) = (0.0, routings.len());
+        let (mut router, blocks) = (RouterSums::default(), routings.len());
         for (block, routing) in routings.iter().enumerate() {
-            if let Some(loss) = balance.router_loss(self.router, block, blocks, routing) {
-                router += scalar(&loss);
+            if let Some(loss) = self.router_loss(balance, teacher.as_ref(), (block, blocks), routing, &mut router) {
                 sum = sum + loss;
             }
         }
         let balance = self.balance(balance, &routings);
         output.sum = sum.clone().inner();
         gather(model, sum.backward());
-        Ok(Some(Sums { output, balance, router }))
+        Ok(Some(Sums { output, balance, router: router.loss, router_kl: router.kl }))
     }
 
     fn layers(
@@ -79,6 +88,7 @@ impl Pass<'_> {
         gather: &mut dyn FnMut(&mut Decoder, Gradients),
     ) -> Result<Option<Sums>> {
         let layout = TokenLayout::of_batch(&model.config, batch);
+        let teacher = self.teacher(batch)?;
         let mut inputs = Vec::with_capacity(model.layer_count());
         let mut routings: Vec<Routing> = vec![];
         let last = {
@@ -103,7 +113,7 @@ impl Pass<'_> {
         let mut slope = last.grad_remove(&mut gradients).expect("the loss depends on the hidden states");
         gather(model, gradients);
         balance.count(&routings);
-        let (blocks, mut block, mut router) = (routings.len(), routings.len(), 0.0);
+        let (blocks, mut block, mut router) = (routings.len(), routings.len(), RouterSums::default());
         for index in (0..inputs.len()).rev() {
             let input = inputs.pop().expect("one for each layer").autodiff().require_grad();
             let again = model.layer(index, input.clone(), &layout);
@@ -111,8 +121,7 @@ impl Pass<'_> {
             let mut sum = (again.hidden * Tensor::from_inner(slope)).sum();
             if let Some(routing) = &again.routing {
                 block -= 1;
-                if let Some(loss) = balance.router_loss(self.router, block, blocks, routing) {
-                    router += scalar(&loss);
+                if let Some(loss) = self.router_loss(balance, teacher.as_ref(), (block, blocks), routing, &mut router) {
                     sum = sum + loss;
                 }
             }
@@ -123,7 +132,35 @@ impl Pass<'_> {
         let sum = (model.embed(&layout) * Tensor::from_inner(slope)).sum();
         gather(model, sum.backward());
         let balance = self.balance(balance, &routings);
-        Ok(Some(Sums { output, balance, router }))
+        Ok(Some(Sums { output, balance, router: router.loss, router_kl: router.kl }))
+    }
+
+    fn teacher(&self, batch: &DistillBatch) -> Result<Option<TeacherRouting<'_>>> {
+        self.router.follow.as_ref().map(|config| TeacherRouting::of_batch(config, batch)).transpose()
+    }
+
+    /// What the router of a block is trained by beside the loss on tokens, `[1]`; `block` is its place and the number of all.
+    fn router_loss(
+        &self,
+        balance: &LoadBalance,
+        teacher: Option<&TeacherRouting<'_>>,
+        (block, blocks): (usize, usize),
+        routing: &Routing,
+        sums: &mut RouterSums,
+    ) -> Option<Tensor<1>> {
+        let mut loss = balance.router_loss(self.router, block, blocks, routing);
+        if let (Some(kl), Some(config)) =
+            (teacher.and_then(|teacher| teacher.divergence(block, routing)), &self.router.follow)
+        {
+            *sums.kl.get_or_insert(0.0) += scalar(&kl);
+            let kl = kl * config.weight;
+            loss = Some(match loss {
+                Some(loss) => loss + kl,
+                None => kl,
+            });
+        }
+        sums.loss += loss.as_ref().map_or(0.0, scalar);
+        loss
     }
 
     fn show(&self, tap: Option<(&mut dyn Tap, &Decoder)>, batch: &DistillBatch, hidden: &Tensor<2>) -> Result<()> {

@@ -96,6 +96,7 @@ fn scalars(metric: &Metric) -> Vec<(&'static str, f64)> {
             Some(("gradients/hard", step.hard_gradient_norm)),
             Some(("gradients/norm", step.grad_norm)),
             some("router/balance_loss", step.aux_loss),
+            some("router/kl_to_teacher", step.router_kl),
             Some(("optimizer/learning_rate", step.learning_rate)),
             Some(("speed/tokens_per_second", step.tokens_per_second)),
             Some(("speed/data_wait", step.data_wait)),

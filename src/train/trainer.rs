@@ -178,7 +178,7 @@ impl Trainer {
         let Some(trouble) = done.trouble else { return Ok(done.metrics) };
         let too_often = self.watch.hold_back(&self.config.guards, self.step + 1);
         if self.config.guards.reaction(&trouble) != Reaction::Skip || too_often {
-            return Err(self.diverged(&trouble));
+            return Err(self.diverged(&trouble, too_often));
         }
         self.step += 1;
         Ok(done.metrics)
@@ -189,13 +189,16 @@ impl Trainer {
         micro_batches(&self.config, &mut self.order, step + self.watch.passed_over)
     }
 
-    /// A held-back step as an error.
-    pub(super) fn diverged(&self, trouble: &Trouble) -> Error {
+    /// A held-back step as an error; `too_often`: one in a row too many.
+    pub(super) fn diverged(&self, trouble: &Trouble, too_often: bool) -> Error {
+        let limit = self.config.guards.limit;
+        let (row, other) = match too_often {
+            true => (format!(", after {limit} others that did not count"), "raise train.guards.limit"),
+            false => (String::new(), "let train.guards skip such steps or rewind"),
+        };
         Error::Diverged {
-            what: format!("step {} of the {}: {trouble}", self.step + 1, self.config.arm),
-            tip: "lower the learning rate and go on from the last checkpoint in another --run-dir, or let train.guards skip \
-                  such steps or rewind"
-                .into(),
+            what: format!("step {} of the {}: {trouble}{row}", self.step + 1, self.config.arm),
+            tip: format!("lower the learning rate and go on from the last checkpoint in another --run-dir, or {other}"),
         }
     }
 
@@ -209,7 +212,7 @@ impl Trainer {
     ) -> Result<StepDone> {
         let began = Instant::now();
         let mut waited = Duration::ZERO;
-        let (mut loss_sum, mut aux_sum, mut token_count) = (0.0, None, 0);
+        let (mut loss_sum, mut aux_sum, mut router_kl, mut token_count) = (0.0, None, None, 0);
         let (mut soft, mut hard): (Option<TargetSums>, _) = (None, TargetSums::default());
         let mut weights = Weights { soft: 0.0, hard: 0.0 };
         let mut tap = tap.filter(|tap| tap.takes(self.step + 1));
@@ -234,7 +237,7 @@ impl Trainer {
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
             let mut gather = |model: &mut Decoder, gradients| optimizer.gather(model, gradients);
             let found = pass.run(model, &mut self.balance, &batch, shown, &mut gather)?;
-            let Some(Sums { output, balance, router }) = found else {
+            let Some(Sums { output, balance, router, router_kl: kl }) = found else {
                 // The other micro-batches are taken all the same, so that the next step begins with its own.
                 loss_sum = f64::NAN;
                 continue;
@@ -242,6 +245,9 @@ impl Trainer {
             loss_sum += output.value + router;
             if let Some(value) = balance {
                 *aux_sum.get_or_insert(0.0) += value;
+            }
+            if let Some(value) = kl {
+                *router_kl.get_or_insert(0.0) += value;
             }
             if let Some(sums) = &output.soft {
                 soft.get_or_insert_default().join(sums);
@@ -288,6 +294,7 @@ impl Trainer {
             soft_gradient_norm: soft.map(|soft| soft.gradient_norm()),
             hard_gradient_norm: hard.gradient_norm(),
             aux_loss: aux_sum.map(|sum: f64| sum / count),
+            router_kl: router_kl.map(|sum: f64| sum / count),
             learning_rate,
             grad_norm,
             tokens_per_second: token_count as f64 / elapsed,

@@ -159,7 +159,7 @@ impl Trainer {
             Reaction::Off | Reaction::Stop => {
                 journal.write(line)?;
                 journal.sync()?;
-                Err(self.diverged(trouble))
+                Err(self.diverged(trouble, too_often))
             }
             Reaction::Skip => {
                 self.step += 1;

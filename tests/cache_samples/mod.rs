@@ -31,6 +31,7 @@ pub fn settings(seq_len: usize, sequences_per_shard: usize, temperatures: &[f32]
             },
             selection: Selection::TopK { k: 4 },
             temperatures: temperatures.to_vec(),
+            router: None,
         }),
     }
 }
@@ -73,7 +74,7 @@ pub fn sample(settings: &CacheSettings, number: u64) -> (PackedSequence, Option<
 
 /// Exact targets of one capture.
 pub fn exact(offsets: Vec<u64>, ids: Vec<u32>, capture: Capture) -> SparseTargets {
-    SparseTargets { offsets, ids, captures: vec![capture], kind: TargetKind::Exact, log_normalizer: None }
+    SparseTargets { offsets, ids, captures: vec![capture], kind: TargetKind::Exact, log_normalizer: None, router: None }
 }
 
 /// Opens a cache to write all of it.

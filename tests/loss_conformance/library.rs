@@ -200,6 +200,7 @@ fn through_a_cache(
             teacher,
             selection: Selection::TopK { k: keep.iter().copied().max().unwrap_or(1) },
             temperatures: temperatures.to_vec(),
+            router: None,
         }),
     };
     let mut writer = CacheWriter::create_or_resume(folder.path(), settings, WriterPart::WHOLE).map_err(said)?;

@@ -50,8 +50,8 @@ impl Source {
             .collect();
         let sequences = pack(&documents, 32, 0);
         let teacher = random_model(scout(2, VOCAB).decoder(Path::new("teacher")).unwrap(), 5, &Device::flex());
-        let targets =
-            ResidentTeacher::new(teacher, Selection::TopK { k: 8 }, &[1.0]).unwrap().targets(&sequences, 0).unwrap();
+        let teacher = ResidentTeacher::new(teacher, Selection::TopK { k: 8 }, &[1.0]).unwrap();
+        let targets = teacher.with_router_layers(&[0, 1]).unwrap().targets(&sequences, 0).unwrap();
         Source { sequences, targets, evaluations: AtomicU64::new(0), stop_at: None, weights: BTreeMap::new() }
     }
 
