@@ -143,6 +143,10 @@ impl Rotary {
 }
 
 impl HostOp for Rotary {
+    fn names(&self) -> [&'static str; 2] {
+        ["rotary", "rotary backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let x = inputs[0];
         Forward { shape: x.shape.to_vec(), data: self.turn(x.data, x.width(), 1.0), saved: vec![] }

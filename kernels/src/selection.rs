@@ -15,6 +15,7 @@ use rand_chacha::{
 use rayon::prelude::*;
 
 use crate::{
+    profile,
     row_masses::{RowMasses, block_maxima},
     top_k::{by_logit, largest_ids},
     vector_math::max,
@@ -94,6 +95,7 @@ pub fn select(logits: &[f32], vocab: usize, places: &[RowPlace], rule: Rule, tem
     assert!(keeps, "{rule:?} keeps nothing of {vocab} ids, or more than there are");
     assert!(!temperatures.is_empty(), "a temperature to choose ids at");
     assert_eq!(logits.len(), vocab * places.len(), "a place for each row");
+    let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
     logits.par_chunks(vocab).zip(places).map(|(row, place)| select_row(row, place, rule, temperatures)).collect()
 }
 

@@ -9,7 +9,7 @@ use half::bf16;
 use limbeck_kernels::{
     gather_rows::gather_rows,
     grouped_matmul::grouped_matmul,
-    host_op,
+    host_op, linear,
     packed_matmul::{self, Numbers, Order, PackedMatrix},
 };
 
@@ -112,8 +112,19 @@ impl Linear {
     /// - `x` `[N, inputs]`, result `[N, outputs]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match self {
-            Linear::Tensor(weight) => x.matmul(weight.clone().transpose()),
+            Linear::Tensor(weight) => linear::linear(x, weight.clone()),
             Linear::Packed(weight) => packed_matmul::linear(x, weight),
+        }
+    }
+
+    /// [`forward`](Self::forward) outside any graph, into host memory that may have been used before.
+    ///
+    /// # Shapes
+    /// - `x` `[N, inputs]`, `output` becomes `[N, outputs]`
+    pub fn forward_into(&self, x: Tensor<2>, output: &mut Vec<f32>) {
+        match self {
+            Linear::Packed(weight) => packed_matmul::linear_into(x, weight, output),
+            Linear::Tensor(_) => *output = self.forward(x).into_data().try_into_vec().expect("models compute in f32"),
         }
     }
 

@@ -7,6 +7,7 @@ use super::{predictions::Predictions, resident::HEAD_ROWS};
 use crate::{
     error::Result,
     models::Decoder,
+    profile::stage,
     selection::Selection,
     targets::{DistillBatch, SparseTargets},
 };
@@ -53,12 +54,14 @@ impl HeadTargets {
         first_sequence: u64,
     ) -> Result<Vec<SparseTargets>> {
         let length = batch.seq_len();
+        let _span = stage("head + top-k").with("rows", batch.row_count() as u64);
         let rows = self.predictions.rows(batch, |sequence| first_sequence + sequence as u64);
         let mut all = self.predictions.none();
+        // The same memory for all pieces: it is as large as a piece is wide.
+        let mut logits = vec![];
         for first in (0..rows.len()).step_by(HEAD_ROWS) {
             let count = HEAD_ROWS.min(rows.len() - first);
-            let logits = model.logits(hidden.clone().narrow(0, first, count));
-            let logits = logits.into_data().try_into_vec::<f32>().expect("logits are f32");
+            model.logits_into(hidden.clone().narrow(0, first, count), &mut logits);
             self.predictions.append(&logits, &rows[first..first + count], &mut all)?;
         }
         Ok((0..batch.sequences.len()).map(|number| all.slice(number * length, (number + 1) * length)).collect())

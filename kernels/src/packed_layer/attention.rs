@@ -11,6 +11,7 @@ use crate::{
     packed_matmul::{
         Instructions, Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Numbers, PANEL, PackedMatrix, Panel, multiply, product,
     },
+    profile,
     rms_norm::norm_row,
     rotary::RotaryTable,
     vector_math::{exp, vectorised},
@@ -70,6 +71,7 @@ impl AttentionHalf<'_> {
             Some(count) => {
                 let pieces = values.par_chunks_mut(count * width).zip(hidden.par_chunks(count * inputs)).enumerate();
                 pieces.for_each(|(number, (values, hidden))| {
+                    let _span = profile::piece("norm, query, key and value products, rotary");
                     with_workspace(|workspace| {
                         let instructions = Instructions::best();
                         norm_into(instructions, hidden, self.norm, self.eps, self.query.numbers(), workspace);

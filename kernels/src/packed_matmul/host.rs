@@ -8,6 +8,7 @@ use super::{PackedMatrix, multiply};
 use crate::{
     gemm_call::{self, View},
     host_op::{self, Forward, HostArray, HostOp},
+    profile,
 };
 
 /// `x W^T` with packed weights, which are constants to the gradient.
@@ -36,11 +37,24 @@ pub fn grouped(x: Tensor<2>, weights: &[Arc<PackedMatrix>], offsets: Arc<Vec<usi
     host_op::apply(Products { weights: weights.to_vec(), offsets }, vec![x.into()])
 }
 
+/// [`linear`] outside any graph, into memory that may have been used before: pages that are new cost a system about as
+/// much time as filling them.
+///
+/// # Shapes
+/// - `x` `[N, inputs]`, `output` becomes `[N, outputs]`
+pub fn linear_into(x: Tensor<2>, weights: &PackedMatrix, output: &mut Vec<f32>) {
+    let _span = profile::op("packed product").with("rows", x.dims()[0] as u64);
+    output.resize(x.dims()[0] * weights.outputs(), 0.0);
+    let rows = x.into_data().try_into_vec::<f32>().expect("rows are f32");
+    multiply(&rows, weights, output);
+}
+
 /// The rows of `[outputs, inputs]` weights that have these numbers, as an embedding looks them up.
 ///
 /// # Shapes
 /// - result `[N, inputs]`, outside any graph
 pub fn rows(weights: &PackedMatrix, numbers: &[u32], device: &burn::tensor::Device) -> Tensor<2> {
+    let _span = profile::op("embedding rows").with("rows", numbers.len() as u64);
     let mut values = vec![0.0; numbers.len() * weights.inputs()];
     for (row, &number) in values.chunks_mut(weights.inputs()).zip(numbers) {
         weights.row(number as usize, row);
@@ -63,6 +77,10 @@ impl Products {
 }
 
 impl HostOp for Products {
+    fn names(&self) -> [&'static str; 2] {
+        ["packed product", "packed product backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (x, outputs) = (inputs[0], self.weights[0].outputs());
         let width = x.width();

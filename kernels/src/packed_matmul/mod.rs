@@ -25,7 +25,7 @@ mod avx2;
 mod avx512;
 mod plain;
 
-pub use host::{grouped, linear, rows};
+pub use host::{grouped, linear, linear_into, rows};
 pub use instructions::Instructions;
 pub use pack::{Element, Order};
 pub use tiles::{K_BLOCK, PANEL};
