@@ -69,8 +69,11 @@ fn check(file: &Path) -> Result<()> {
     if file.is_dir() {
         return Err(refused(ErrorKind::IsADirectory));
     }
-    let temporary = durable::temporary_path(file);
-    let made = std::fs::create_dir_all(durable::parent(file)).and_then(|()| std::fs::File::create(&temporary));
+    let (directory, temporary) = (durable::parent(file), durable::temporary_path(file));
+    if directory.exists() && !directory.is_dir() {
+        return Err(refused(ErrorKind::NotADirectory));
+    }
+    let made = std::fs::create_dir_all(directory).and_then(|()| std::fs::File::create(&temporary));
     made.and_then(|_| std::fs::remove_file(&temporary)).map_err(|error| refused(error.kind()))
 }
 

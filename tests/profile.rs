@@ -211,7 +211,10 @@ fn a_run_that_is_interrupted_leaves_its_profile() {
     let small = SmallRun::new();
     let run_dir = small.path("run");
     let process = Command::new(env!("CARGO_BIN_EXE_limbeck"))
-        .args(["distill".as_ref(), small.path("recipe.toml").as_os_str(), "--run-dir".as_ref(), run_dir.as_os_str()])
+        .arg("distill")
+        .arg(small.path("recipe.toml"))
+        .arg("--run-dir")
+        .arg(&run_dir)
         .args(["--profile", "--set", "train.steps=100000", "--set", "train.evaluate_every=0"])
         .args(["--set", "train.checkpoint_every=0"])
         .stdin(Stdio::null())
