@@ -22,10 +22,9 @@ struct Span {
 /// The spans of a trace, thread by thread in their order.
 fn spans(file: &Path) -> Vec<Span> {
     let trace: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
-    assert_eq!(
-        (&trace["otherData"]["stages_left_out"], &trace["otherData"]["operations_left_out"]),
-        (&0.into(), &0.into())
-    );
+    for what in ["stages_left_out", "operations_left_out"] {
+        assert_eq!(trace["otherData"][what], 0, "{what}");
+    }
     let events = trace["traceEvents"].as_array().unwrap();
     let nanoseconds = |value: &Value| (value.as_f64().unwrap() * 1e3).round() as u64;
     let mut spans = vec![];
