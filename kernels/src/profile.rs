@@ -254,15 +254,8 @@ fn lane_of(number: u32) -> Option<Arc<Lane>> {
 }
 
 /// Nanoseconds that all threads of this process have computed.
-#[cfg(target_os = "linux")]
 fn processor_time() -> Option<u64> {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    Some(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn processor_time() -> Option<u64> {
-    None
+    Some(cpu_time::ProcessTime::try_now().ok()?.as_duration().as_nanos() as u64)
 }
 
 #[cfg(test)]
