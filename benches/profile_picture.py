@@ -1,13 +1,12 @@
-"""Draws where the time of a teacher's batch and of a training step goes, from profiles (`--profile`), as
+"""Draws where the time of a teacher's batch, of a training step or of both goes, from profiles (`--profile`), as
 docs/pictures/profile.svg. Prints the shares.
 
     limbeck precompute-teacher-logits recipes/smollm2/scout.toml --set data.tokens=40k --profile=teacher.json
     limbeck distill recipes/quickstart/scout.toml --profile=student.json
-    python benches/profile_picture.py teacher.json student.json --threads 2
+    python benches/profile_picture.py --teacher teacher.json --student student.json
 
-Time is that of all threads together: as long as a batch takes, times the threads. Of each operation it is what the
-processors computed meanwhile, without the operations inside it; what a fused block's pieces have of it is in the
-proportion of the time that they ran. What no thread computed is the last part.
+Shares are of processor time, of all threads together: for each operation what they computed meanwhile, without the
+operations inside it; what a fused block's pieces have of it is in the proportion of the time that they ran.
 """
 import argparse
 import json
@@ -16,7 +15,7 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OTHER, IDLE = "everything else", "no thread computes"
+OTHER = "everything else"
 TEACHER = {
     "norm, gate and up products, swiglu": ("norm, gate and up products, SwiGLU", "#0b6e4f"),
     "down product": ("down product", "#5fa777"),
@@ -45,31 +44,32 @@ STUDENT["gradient norm"] = ("AdamW", "#c1121f")
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("teacher", type=Path)
-    arguments.add_argument("student", type=Path)
-    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--teacher", type=Path)
+    arguments.add_argument("--student", type=Path)
     arguments.add_argument("--output", type=Path, default=ROOT / "docs/pictures/profile.svg")
     given = arguments.parse_args()
-    teacher = shares(given.teacher, "teacher batch", TEACHER, given.threads)
-    student = shares(given.student, "training step", STUDENT, given.threads)
-    parts = [("A teacher's batch: SmolLM2-135M, f32, {} tokens, {:.2f} s", teacher, "tokens"),
-             ("A training step: the quick start's student, {} tokens, {:.1f} ms", student, "forward")]
-    out, top = [], 34
-    for (title, found, _), scale in zip(parts, (1, 1e3)):
-        top = panel(out, top, title.format(f"{found['tokens']:,}", found["seconds"] * scale), found["parts"]) + 36
+    kinds = [(given.teacher, "teacher batch", TEACHER, "A teacher's batch of {} tokens: processor time of all threads"),
+             (given.student, "training step", STUDENT, "A training step of {} tokens: processor time of all threads")]
+    out, top, told = [], 34, []
+    for path, window, groups, title in kinds:
+        if path:
+            found = shares(path, window, groups)
+            told.append((window, found))
+            title = title.format(f"{found['tokens']:,}")
+            top = panel(out, top, title, found["parts"]) + 36
     height = top - 22
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" height="{height}" '
             f'font-family="Helvetica, Arial, sans-serif">\n<rect width="760" height="{height}" fill="#ffffff"/>')
     given.output.write_text("\n".join([head, *out, "</svg>"]) + "\n")
-    for name, found in (("teacher batch", teacher), ("training step", student)):
+    for name, found in told:
         print(f"{name}: median {found['seconds']:.4f} s of {found['count']}, {found['tokens']} tokens, "
               f"{found['busy']:.3f} threads busy")
         for (label, _), share in found["parts"]:
             print(f"  {share:6.1%}  {label}")
 
 
-def shares(path, window, groups, threads):
-    """Shares of `threads` times the time of all spans called `window` but the first tenth of them."""
+def shares(path, window, groups):
+    """Shares of the processor time of all spans called `window` but the first tenth of them."""
     trace = json.loads(path.read_text())
     by_thread = defaultdict(list)
     for event in trace["traceEvents"]:
@@ -82,7 +82,6 @@ def shares(path, window, groups, threads):
     windows = [event for event in windows if tokens(by_thread, event) == size]
     pieces = sorted((e for events in by_thread.values() for e in events if e["cat"] == "piece"), key=lambda e: e["ts"])
     sums, clock, processor, piece = defaultdict(float), 0.0, 0.0, 0
-    inside = {id(event): [] for event in windows}
     for event in windows:
         clock += event["dur"]
         processor += event["args"]["processor_us"]
@@ -104,10 +103,8 @@ def shares(path, window, groups, threads):
                     sums[groups.get(other["name"], (OTHER, "#a0a0a0"))] += own * other["dur"] / total
             else:
                 sums[groups.get(event["name"], (OTHER, "#a0a0a0"))] += own
-    whole = threads * clock
     order = list(dict.fromkeys(groups.values())) + [(OTHER, "#a0a0a0")]
-    parts = [(group, sums[group] / whole) for group in order if sums[group] > 0]
-    parts.append(((IDLE, "#eeeeee"), max(0.0, 1 - processor / whole)))
+    parts = [(group, sums[group] / sum(sums.values())) for group in order if sums[group] > 0]
     seconds = sorted(event["dur"] for event in windows)[len(windows) // 2] / 1e6
     return {"parts": parts, "seconds": seconds, "count": len(windows), "tokens": size, "busy": processor / clock}
 
@@ -157,7 +154,7 @@ def panel(out, top, title, parts):
         out.append(f'<rect x="{x:.1f}" y="{bar}" width="{wide:.1f}" height="{tall}" fill="{colour}" stroke="#ffffff" '
                    f'stroke-width="0.8"/>')
         if share >= 0.045:
-            dark = colour in ("#eeeeee", "#f2b880", "#7fb2d6", "#c49bd0", "#a0a0a0")
+            dark = colour in ("#f2b880", "#7fb2d6", "#c49bd0", "#a0a0a0")
             text(out, x + wide / 2, bar + tall / 2 + 4, f"{share:.0%}", 12, "normal", "middle",
                  "#222222" if dark else "#ffffff")
         x += wide
