@@ -118,6 +118,10 @@ pub struct RunFlags {
 
     #[command(flatten)]
     pub device: DeviceFlag,
+
+    /// Record where the time goes, for ui.perfetto.dev or chrome://tracing [default: profile.json in the run directory]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub profile: Option<Option<PathBuf>>,
 }
 
 #[derive(Debug, Args)]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use limbeck::profile::PROFILE_FILE;
 use limbeck::recipe::Recipe;
 use limbeck::run::RunOptions;
 use limbeck::{Error, Result};
@@ -45,7 +46,10 @@ pub fn recipe_and_options(target: &Path, flags: &RunFlags) -> Result<(Recipe, Ru
         (target, flags.run_dir.clone())
     };
     let recipe = Recipe::load(path, &flags.set)?;
-    let options = RunOptions { run_dir, device: flags.device.device.clone(), ..RunOptions::default() };
+    let mut options = RunOptions { run_dir, device: flags.device.device.clone(), ..RunOptions::default() };
+    if let Some(file) = &flags.profile {
+        options.profile = Some(file.clone().unwrap_or_else(|| options.run_dir(&recipe).join(PROFILE_FILE)));
+    }
     // Refused here, before anything is read or computed.
     options.device()?;
     Ok((recipe, options))

@@ -17,6 +17,7 @@ use crate::{
     loss::{DistillLossConfig, Weighting},
     models::{Decoder, RandomWeights, parameter::CheckpointWeights},
     precompute::{self, Caches},
+    profile::{record, stage},
     progress::{Progress, Unit},
     recipe::{MicroBatch, Recipe},
     run::RunOptions,
@@ -36,6 +37,10 @@ use crate::{
 /// # Errors
 /// Whatever is wrong with the recipe and its files; [`Error::Interrupted`] when asked to stop, with the state saved.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
+    record(options.profile.as_deref(), "distill", || run_all(recipe, options))
+}
+
+fn run_all(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
     let mut inputs = Inputs::open(recipe, options)?;
     let caches = precompute::fill(recipe, &mut inputs, options)?;
     for warning in &inputs.plan.warnings {
@@ -53,10 +58,12 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
 
 /// Measures the latest checkpoints of a finished run once more, and writes its report again.
 pub fn report(recipe: &Recipe, options: &RunOptions) -> Result<Report> {
-    let mut inputs = Inputs::open(recipe, options)?;
-    let caches = precompute::open(&inputs)?;
-    inputs.plan.set_sequence_count(caches.train.sequence_count())?;
-    Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? }.report()
+    record(options.profile.as_deref(), "evaluate", || {
+        let mut inputs = Inputs::open(recipe, options)?;
+        let caches = precompute::open(&inputs)?;
+        inputs.plan.set_sequence_count(caches.train.sequence_count())?;
+        Run { recipe, options, inputs: &inputs, caches: &caches, device: options.device()? }.report()
+    })
 }
 
 /// What the fingerprint of a teacher in training starts with: it is of the run, and not of weights.
@@ -154,6 +161,7 @@ impl Run<'_> {
     }
 
     fn train(&self, role: Role, mut trainer: Trainer) -> Result<()> {
+        let _span = stage(if role == Role::Control { "train the control" } else { "train the student" });
         let (train, plan) = (&self.recipe.train, &self.inputs.plan);
         let mut tap = if role == Role::Student { self.tap(&trainer)? } else { None };
         if trainer.step_count() == plan.steps {
@@ -231,6 +239,7 @@ impl Run<'_> {
     }
 
     fn report(&self) -> Result<Report> {
+        let _span = stage("report");
         let plan = &self.inputs.plan;
         let mut report = Report::new(&self.recipe.name);
         let metrics = if self.metrics().is_file() { read_metrics(self.metrics())? } else { vec![] };

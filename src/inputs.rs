@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     hub, memory,
     models::{DecoderConfig, read_config},
+    profile::stage,
     recipe::{MicroBatch, ModelSize, Plan, Recipe},
     run::RunOptions,
     tokenizer::Tokenizer,
@@ -31,6 +32,7 @@ impl Inputs {
     /// # Errors
     /// When a file is missing or malformed, and when recipe, tokenizer and models do not fit each other.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
+        let _span = stage("open what the recipe names");
         for (key, checkpoint) in checkpoints(recipe) {
             check_path(
                 recipe,

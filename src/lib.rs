@@ -70,6 +70,7 @@ pub mod models;
 pub mod parallel;
 mod positioned;
 pub mod precompute;
+pub mod profile;
 pub mod progress;
 mod quantity;
 pub mod recipe;

@@ -21,6 +21,7 @@ use crate::{
     error::{Error, Result},
     inputs::Inputs,
     parallel::{Collective, launch},
+    profile::record,
     recipe::Recipe,
     run::RunOptions,
     targets::TargetSource,
@@ -50,10 +51,15 @@ pub struct Precomputed {
 /// Whatever is wrong with the recipe's files; [`Error::Interrupted`] when asked to stop, with what was sealed kept;
 /// [`Error::File`] when other writers are at work on the caches and have not finished.
 pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
-    let mut inputs = Inputs::open(recipe, options)?;
-    fill(recipe, &mut inputs, options)?;
-    Ok(inputs.plan.cache_dir)
+    record(options.profile.as_deref(), COMMAND, || {
+        let mut inputs = Inputs::open(recipe, options)?;
+        fill(recipe, &mut inputs, options)?;
+        Ok(inputs.plan.cache_dir)
+    })
 }
+
+/// What profiles call this.
+const COMMAND: &str = "precompute-teacher-logits";
 
 /// Fills one part of the caches of a recipe, [`RunOptions::part`], and finishes them if the other parts are written.
 ///
@@ -61,13 +67,13 @@ pub fn run(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf> {
 /// As of [`run`], without the last one.
 ///
 /// Where the teacher has a mesh and this is one of the processes that `mpirun` or `srun` started for it, the first of
-/// them fills the caches, and the others compute for it until it is done.
+/// them fills the caches, and the others compute for it until it is done. The first alone writes a profile.
 pub fn run_part(recipe: &Recipe, options: &RunOptions) -> Result<Precomputed> {
     let world = world(recipe)?;
     if let Some(world) = world.as_ref().filter(|world| world.rank() > 0) {
         return serve(recipe, options, &**world);
     }
-    let fill = || {
+    let result = record(options.profile.as_deref(), COMMAND, || {
         let mut inputs = Inputs::open(recipe, options)?;
         let filled = fill_part(recipe, &mut inputs, options, world.as_ref())?;
         let missing = filled.into_iter().filter_map(|(dir, filled)| match filled {
@@ -75,8 +81,7 @@ pub fn run_part(recipe: &Recipe, options: &RunOptions) -> Result<Precomputed> {
             Filled::Part(missing) => Some((dir, missing)),
         });
         Ok(Precomputed { missing: missing.collect(), cache_dir: inputs.plan.cache_dir, is_first: true })
-    };
-    let result = fill();
+    });
     if let Some(world) = &world {
         match &result {
             Err(error) if !matches!(error, Error::Interrupted { .. }) => sharded::tell_failure(&**world, error),

@@ -18,13 +18,21 @@ pub struct RunOptions {
     pub device: String,
     /// Which shards of the caches to fill, when several processes share the work.
     pub part: WriterPart,
+    /// The file to write a profile of the run to, in the format of [`profile`](crate::profile); none is recorded without.
+    pub profile: Option<PathBuf>,
     /// Set from another thread to ask the run to save its state and return [`Error::Interrupted`].
     pub stop: Arc<AtomicBool>,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        RunOptions { run_dir: None, device: "cpu".to_string(), part: WriterPart::WHOLE, stop: Arc::default() }
+        RunOptions {
+            run_dir: None,
+            device: "cpu".to_string(),
+            part: WriterPart::WHOLE,
+            profile: None,
+            stop: Arc::default(),
+        }
     }
 }
 

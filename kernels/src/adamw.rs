@@ -3,7 +3,7 @@
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::{host_op, vector_math::vectorised};
+use crate::{host_op, profile, vector_math::vectorised};
 
 /// The numbers of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +58,7 @@ impl AdamwStep {
 
     fn on_host(&self, weight: Tensor<1>, gradient: Tensor<1>, state: AdamwState) -> (Tensor<1>, AdamwState) {
         let device = weight.device();
+        let _span = profile::op("adamw").with("weights", weight.dims()[0] as u64);
         let take = |tensor: Tensor<1>| tensor.into_data().try_into_vec::<f32>().expect("weights and moments are f32");
         let (mut weight, gradient) = (take(weight), take(gradient));
         let (mut first, mut second) = (take(state.first_moment), take(state.second_moment));

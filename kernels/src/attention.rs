@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::{
     gemm_call::{View, multiply},
     host_op::{self, Forward, HostArray, HostOp},
+    profile,
     vector_math::{exp_in_place, max},
 };
 
@@ -145,6 +146,10 @@ impl Attention {
 }
 
 impl HostOp for Attention {
+    fn names(&self) -> [&'static str; 2] {
+        ["attention", "attention backward"]
+    }
+
     /// Saves the logarithm of each row's softmax denominator, `[query_heads, N]`.
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (query, key, value) = (inputs[0], inputs[1], inputs[2]);
@@ -155,6 +160,7 @@ impl HostOp for Attention {
         let results: Vec<(Vec<f32>, Vec<f32>)> = tasks
             .par_iter()
             .map(|&(sequence, head)| {
+                let _span = profile::piece("attention");
                 let mut output = vec![0.0; length * head_dim];
                 let mut log_sums = vec![0.0; length];
                 let mut scores = vec![0.0; QUERY_BLOCK * length];
@@ -210,6 +216,7 @@ impl HostOp for Attention {
         let results: Vec<[Vec<f32>; 3]> = tasks
             .par_iter()
             .map(|&(sequence, key_head)| {
+                let _span = profile::piece("attention backward");
                 let mut query_grad = vec![0.0; length * group_width];
                 let (mut key_grad, mut value_grad) = (vec![0.0; length * head_dim], vec![0.0; length * head_dim]);
                 let (mut scores, mut scores_grad) = (vec![0.0; QUERY_BLOCK * length], vec![0.0; QUERY_BLOCK * length]);

@@ -35,6 +35,10 @@ struct GatherRows {
 }
 
 impl HostOp for GatherRows {
+    fn names(&self) -> [&'static str; 2] {
+        ["gather rows", "gather rows backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let x = inputs[0];
         let width = x.width();

@@ -65,6 +65,10 @@ impl GroupedMatmul {
 }
 
 impl HostOp for GroupedMatmul {
+    fn names(&self) -> [&'static str; 2] {
+        ["grouped matmul", "grouped matmul backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (x, weights) = (inputs[0], inputs[1]);
         let (rows, inner, outer) = (x.shape[0], weights.shape[1], weights.shape[2]);

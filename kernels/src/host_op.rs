@@ -18,6 +18,8 @@ use burn::backend::{
 };
 use burn::tensor::{DType, Device, Shape, Tensor, TensorData};
 
+use crate::profile;
+
 /// A read-only operand: its shape and its values in row-major order.
 #[derive(Debug, Clone, Copy)]
 pub struct HostArray<'a> {
@@ -42,6 +44,9 @@ pub struct Forward {
 
 /// An operation over host slices with a hand-written derivative.
 pub trait HostOp: Debug + Send + Sync + 'static {
+    /// What the forward and the backward pass are called in profiles.
+    fn names(&self) -> [&'static str; 2];
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward;
 
     /// Gradients of the inputs, each with its input's element count; `None` where `needed` is false.
@@ -109,11 +114,17 @@ type FlexTensor = FloatTensor<Flex>;
 
 fn contiguous_f32(tensor: &FlexTensor) -> FlexTensor {
     assert_eq!(tensor.dtype(), DType::F32, "host operations take f32 tensors");
-    tensor.to_contiguous()
+    // Some rows of a tensor lie in order as well, and need no copy.
+    if tensor.as_slice::<f32>().is_some() { tensor.clone() } else { tensor.to_contiguous() }
 }
 
 fn host_array(tensor: &FlexTensor) -> HostArray<'_> {
     HostArray { shape: tensor.layout().shape(), data: tensor.as_slice::<f32>().expect("made contiguous f32") }
+}
+
+/// Rows of the first operand, for profiles.
+fn rows(arrays: &[HostArray<'_>]) -> u64 {
+    arrays[0].shape[0] as u64
 }
 
 fn from_vec(data: Vec<f32>, shape: &[usize]) -> FlexTensor {
@@ -124,6 +135,7 @@ impl HostBackend for Flex {
     fn run(op: &dyn HostOp, inputs: &[FlexTensor]) -> (FlexTensor, Vec<f32>) {
         let inputs: Vec<FlexTensor> = inputs.iter().map(contiguous_f32).collect();
         let arrays: Vec<HostArray> = inputs.iter().map(host_array).collect();
+        let _span = profile::op(op.names()[0]).with("rows", rows(&arrays));
         let forward = op.forward(&arrays);
         (from_vec(forward.data, &forward.shape), forward.saved)
     }
@@ -138,6 +150,7 @@ impl HostBackend for Flex {
         let inputs: Vec<FlexTensor> = inputs.iter().map(contiguous_f32).collect();
         let arrays: Vec<HostArray> = inputs.iter().map(host_array).collect();
         let output_grad = contiguous_f32(&output_grad);
+        let _span = profile::op(op.names()[1]).with("rows", rows(&arrays));
         let grads = op.backward(&arrays, saved, host_array(&output_grad).data, needed);
         assert_eq!(grads.len(), inputs.len(), "one gradient slot per operand");
         grads.into_iter().zip(&arrays).map(|(grad, array)| grad.map(|grad| from_vec(grad, array.shape))).collect()

@@ -103,6 +103,10 @@ struct LogsumexpGather {
 }
 
 impl HostOp for LogsumexpGather {
+    fn names(&self) -> [&'static str; 2] {
+        ["log-sum-exp", "log-sum-exp backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let logits = inputs[0];
         let (rows, vocab, width) = (logits.shape[0], logits.width(), self.entries.width());

@@ -3,7 +3,7 @@
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::{host_op, vector_math::dot};
+use crate::{host_op, profile, vector_math::dot};
 
 /// Sum of squares, in f64 across stretches of fixed length; the tensor comes back untouched.
 ///
@@ -15,6 +15,7 @@ pub fn sum_of_squares(tensor: Tensor<1>) -> (Tensor<1>, f64) {
         let sum = tensor.clone().powf_scalar(2.0).sum().into_data().convert::<f64>();
         return (tensor, sum.try_into_vec::<f64>().expect("converted to f64")[0]);
     }
+    let _span = profile::op("gradient norm").with("weights", tensor.dims()[0] as u64);
     // Taking the data out and putting it back moves no bytes when nothing else holds the tensor.
     let values = tensor.into_data().try_into_vec::<f32>().expect("gradients are f32");
     const STRETCH: usize = 4096;

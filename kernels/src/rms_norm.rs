@@ -65,6 +65,10 @@ struct RmsNorm {
 }
 
 impl HostOp for RmsNorm {
+    fn names(&self) -> [&'static str; 2] {
+        ["rms_norm", "rms_norm backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (x, weight) = (inputs[0], inputs.get(1).map(|weight| weight.data));
         let width = x.width();

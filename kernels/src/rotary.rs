@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
@@ -30,12 +30,27 @@ pub struct RotaryTable {
 impl RotaryTable {
     /// Angles `position * frequency` in `f32`, as the reference implementations compute them.
     pub fn new(positions: &[u32], frequencies: &[f32], pairing: Pairing) -> Self {
-        let angles = || positions.iter().flat_map(|&p| frequencies.iter().map(move |&f| p as f32 * f));
-        RotaryTable {
-            cosines: Arc::new(angles().map(f32::cos).collect()),
-            sines: Arc::new(angles().map(f32::sin).collect()),
-            pairing,
-        }
+        // Positions come again in every document of a batch: each has its angles computed once.
+        let mut places = HashMap::new();
+        let mut distinct = vec![];
+        let rows: Vec<usize> = positions
+            .iter()
+            .map(|&position| {
+                *places.entry(position).or_insert_with(|| {
+                    distinct.push(position);
+                    distinct.len() - 1
+                })
+            })
+            .collect();
+        let width = frequencies.len();
+        let of_all = |of: fn(f32) -> f32| {
+            let each = distinct.iter().flat_map(|&position| frequencies.iter().map(move |&f| of(position as f32 * f)));
+            let each: Vec<f32> = each.collect();
+            let mut all = Vec::with_capacity(rows.len() * width);
+            rows.iter().for_each(|row| all.extend_from_slice(&each[row * width..][..width]));
+            Arc::new(all)
+        };
+        RotaryTable { cosines: of_all(f32::cos), sines: of_all(f32::sin), pairing }
     }
 }
 
@@ -143,6 +158,10 @@ impl Rotary {
 }
 
 impl HostOp for Rotary {
+    fn names(&self) -> [&'static str; 2] {
+        ["rotary", "rotary backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let x = inputs[0];
         Forward { shape: x.shape.to_vec(), data: self.turn(x.data, x.width(), 1.0), saved: vec![] }

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use crate::{
     packed_matmul::{Instructions, PANEL, PackedMatrix, Product, multiply_then},
+    profile,
     row_masses::{BLOCK, BlockSums, RowMasses},
     top_k::{by_logit, largest_ids},
     vector_math::max,
@@ -87,6 +88,7 @@ pub struct RowSummary {
 pub fn select(logits: &[f32], vocab: usize, places: &[RowPlace], rule: Rule, temperatures: &[f32]) -> Vec<SelectedRow> {
     check(rule, vocab, temperatures);
     assert_eq!(logits.len(), vocab * places.len(), "a place for each row");
+    let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
     let of_row = |(row, place): (&[f32], &RowPlace)| {
         select_row(row, BlockSums::new(row, temperatures[0]), place, rule, temperatures)
     };
@@ -112,6 +114,7 @@ pub fn select_products(
     let vocab = head.outputs();
     check(rule, vocab, temperatures);
     room.resize(vocab * places.len(), 0.0);
+    let _span = profile::op("head product, log-sum-exp + top-k").with("rows", places.len() as u64);
     const { assert!(PANEL <= BLOCK && BLOCK.is_multiple_of(PANEL)) };
     let pieces = multiply_then(Instructions::best(), vec![Product::new(hidden, head, room)], |piece| {
         let sums = piece.rows.iter().map(|row| BlockSums::new(row, temperatures[0])).collect::<Vec<_>>();

@@ -52,6 +52,10 @@ fn halves<'a>(inputs: &[HostArray<'a>], row: usize, width: usize) -> (&'a [f32],
 }
 
 impl HostOp for Swiglu {
+    fn names(&self) -> [&'static str; 2] {
+        ["swiglu", "swiglu backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (rows, width) = (inputs[0].shape[0], inputs[0].width() / (3 - inputs.len()));
         let mut output = vec![0.0; rows * width];

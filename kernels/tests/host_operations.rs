@@ -8,6 +8,7 @@ use limbeck_kernels::{
     attention::{Heads, KeyRanges, attention, attention_reference},
     gather_rows::{gather_rows, gather_rows_reference},
     grouped_matmul::{grouped_matmul, grouped_matmul_reference},
+    linear::{linear, linear_reference},
     logsumexp_gather::{RowEntries, logsumexp_gather, logsumexp_gather_reference},
     rms_norm::{rms_norm, rms_norm_reference, unit_rms},
     rotary::{Pairing, RotaryTable, rotary, rotary_reference},
@@ -56,6 +57,19 @@ fn compare<const A: usize>(
     if let Some(extra) = extra {
         let pair = (extra.grad(&a).unwrap(), extra.grad(&b).unwrap());
         assert_close(&format!("{what}: gradient of the weight"), values(pair.0), values(pair.1), 5e-6);
+    }
+}
+
+#[test]
+fn linear_equals_its_plain_form() {
+    for (rows, inputs, outputs) in [(70, 48, 33), (1, 20, 5), (1024, 256, 96)] {
+        compare::<1>(
+            "linear",
+            &[random([rows, inputs]), random([outputs, inputs])],
+            None,
+            |x, _| linear(x[0].clone(), x[1].clone()),
+            |x, _| linear_reference(x[0].clone(), x[1].clone()),
+        );
     }
 }
 

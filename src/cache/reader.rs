@@ -13,6 +13,7 @@ use super::settings::CacheSettings;
 use super::shard::{TensorIndex, Tensors};
 use super::source::{CacheFiles, LocalFiles, read_whole};
 use crate::error::{Error, Result};
+use crate::profile::stage;
 use crate::targets::{DistillBatch, PackedSequence, TargetSource};
 
 /// A finished cache, open for reading from any number of threads.
@@ -272,6 +273,7 @@ impl TargetSource for CacheReader {
     /// # Errors
     /// [`Error::Usage`] for a number that the cache does not have; [`Error::Shard`] when what it lies in is damaged.
     fn read(&self, numbers: &[u64]) -> Result<DistillBatch> {
+        let _span = stage("read the cache").with("sequences", numbers.len() as u64);
         let settings = &self.manifest.settings;
         let mut block = Block::empty(settings);
         let places = numbers.len() * (settings.seq_len + 1);

@@ -13,6 +13,7 @@ use super::source::LocalFiles;
 use super::unfinished::{CALIBRATION_FOLDER, Position, SEALED_FOLDER, Sealed, Unfinished, tidy};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::profile::stage;
 
 /// What a cache still lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,7 +110,9 @@ fn seal_in(
         error: None,
     };
     let shape = Shape::of(settings, &record);
+    let span = stage("cache encode").with("sequences", record.counts.sequences);
     let encoded = codec.encode(filled.block, &shape, coder.map(|coder| &coder.coder));
+    drop(span);
     record.error = encoded.error;
     let temporary = durable::owned_temporary_path(&files.directory.join(&record.file), owner);
     let written = shard::write(&temporary, codec, filled.number, record.first_sequence, &encoded.tensors)?;

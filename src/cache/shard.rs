@@ -19,6 +19,7 @@ use super::codec::Codec;
 use super::manifest::{FORMAT, FORMAT_VERSION};
 use crate::durable;
 use crate::error::{Error, Result};
+use crate::profile::stage;
 
 pub(crate) const SHARD_FOLDER: &str = "shards";
 /// The tensor with the hashes of all that comes before it.
@@ -109,6 +110,7 @@ pub(crate) fn write(
     let header = header_with_blocks(&metadata(FORMAT_VERSION, codec, number, first_sequence), tensors);
     let mut hasher = BlockHasher::default();
     let mut bytes = 0;
+    let _span = stage("cache write");
     write_synced(path, |file| {
         for piece in std::iter::once(&header[..]).chain(tensors.iter().map(|tensor| &tensor.bytes[..])) {
             file.write_all(piece)?;
@@ -124,7 +126,11 @@ pub(crate) fn write(
 /// Writes a file under a temporary name that nobody else uses, and syncs it and its folder.
 pub(crate) fn write_synced<T>(path: &Path, fill: impl FnOnce(&mut fs::File) -> std::io::Result<T>) -> Result<T> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path).map_err(Error::io(path))?;
-    let filled = fill(&mut file).and_then(|filled| file.sync_all().map(|()| filled)).map_err(|error| {
+    let sync = |file: &fs::File| {
+        let _span = stage("cache sync");
+        file.sync_all()
+    };
+    let filled = fill(&mut file).and_then(|filled| sync(&file).map(|()| filled)).map_err(|error| {
         // Best effort: a full disk should not also keep the half-written file.
         let _ = fs::remove_file(path);
         Error::io(path)(error)

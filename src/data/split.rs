@@ -6,6 +6,7 @@
 use super::amount::parse_count;
 use super::source::{CHUNK_BYTES, DataSource, OpenSource, open_all};
 use crate::error::{Error, Result};
+use crate::profile::stage;
 use crate::tokenizer::Tokenizer;
 use rayon::prelude::*;
 use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
@@ -121,6 +122,7 @@ pub(super) struct Split {
 impl Split {
     /// May pass over all the data ([`HeldOut::Tokens`]) or over the held-out sources.
     pub fn find(held_out: &HeldOut, seed: u64, sources: &[OpenSource], tokenizer: &Tokenizer) -> Result<Split> {
+        let _span = stage("find held-out text");
         let mut split = Split { seed, cut: 0, copies: HashSet::new() };
         match held_out {
             HeldOut::None => {}

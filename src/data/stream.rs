@@ -8,6 +8,7 @@
 use super::source::OpenSource;
 use super::split::{Side, Split, document_tokens};
 use crate::error::{Error, Result};
+use crate::profile::stage;
 use crate::tokenizer::Tokenizer;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -101,6 +102,7 @@ impl DocumentStream {
             match &mut self.window {
                 Some(window) if !window.texts.is_empty() => {
                     let keep = window.texts.len().saturating_sub(BATCH);
+                    let _span = stage("tokenise").with("documents", (window.texts.len() - keep) as u64);
                     let batch: Vec<String> = window.texts.drain(keep..).rev().collect();
                     let tokenised: Result<Vec<_>> =
                         batch.par_iter().map(|text| document_tokens(tokenizer, text)).collect();
@@ -130,6 +132,7 @@ impl DocumentStream {
     }
 
     fn read_window(&self) -> Result<Window> {
+        let _span = stage("read text");
         let first = self.position.first_chunk;
         let (mut texts, mut bytes, mut end) = (vec![], 0, first);
         while end < self.order.len() as u64 && bytes < self.window_bytes {

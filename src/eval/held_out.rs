@@ -17,6 +17,7 @@ use crate::{
         distill::{labels, valid_rows},
     },
     models::{Decoder, TokenLayout},
+    profile::stage,
     targets::{DistillBatch, SparseTargets, TargetKind, TargetSource},
 };
 
@@ -34,6 +35,7 @@ pub fn evaluate(
     let seq_len = held_out.seq_len();
     let all = held_out.sequence_count();
     let wanted = tokens.map_or(all, |tokens| tokens.div_ceil(seq_len as u64).clamp(1, all));
+    let _span = stage("evaluation").with("tokens", wanted * seq_len as u64);
     let per_batch = (BATCH_ROWS / seq_len).max(1) as u64;
     let (mut hard_sum, mut soft_sum, mut agreed, mut token_count) = (0.0, None, 0u64, 0u64);
     let (mut by_entropy, mut by_confidence) = (ByEntropy::default(), ByConfidence::default());

@@ -15,7 +15,7 @@ use super::{
     parameter::{CheckpointWeights, ParameterRef, WeightSource},
     read_config,
 };
-use crate::{checkpoint::CheckpointReader, error::Result};
+use crate::{checkpoint::CheckpointReader, error::Result, profile::stage};
 
 /// A model with all its weights on one device.
 #[derive(Debug, Clone)]
@@ -81,7 +81,10 @@ impl Layer {
     pub fn forward(&self, hidden: Tensor<2>, layout: &TokenLayout) -> LayerOutput {
         let hidden = match packed_block::block(hidden, self.norms(), &self.attention, &self.feed_forward, layout) {
             Ok(hidden) => return LayerOutput { hidden, routing: None },
-            Err(hidden) => packed_block::attended(hidden, &self.attention, self.norms()[0], layout),
+            Err(hidden) => {
+                let _span = stage("attention");
+                packed_block::attended(hidden, &self.attention, self.norms()[0], layout)
+            }
         };
         let (update, routing) = self.feed_forward_update(hidden.clone());
         LayerOutput { hidden: hidden + update, routing }
@@ -92,6 +95,7 @@ impl Layer {
     /// # Shapes
     /// - `hidden` and result `[N, hidden]`
     pub fn attention_update(&self, hidden: Tensor<2>, layout: &TokenLayout) -> Tensor<2> {
+        let _span = stage("attention");
         packed_block::attention_update(hidden, &self.attention, self.norms()[0], layout)
     }
 
@@ -100,6 +104,7 @@ impl Layer {
     /// # Shapes
     /// - `attended` and result `[N, hidden]`
     pub fn feed_forward_update(&self, attended: Tensor<2>) -> (Tensor<2>, Option<Routing>) {
+        let _span = stage(self.feed_forward.name());
         packed_block::feed_forward_update(attended, &self.feed_forward, self.norms()[1])
     }
 
@@ -148,6 +153,7 @@ impl Decoder {
     }
 
     fn load_as(config: DecoderConfig, weights: Weights<'_>) -> Result<Self> {
+        let _span = stage("load weights");
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = weights.linear("model.embed_tokens.weight", [vocab, hidden])?;
         let layers = (0..config.layers.len()).map(|i| Layer::load_as(&config, i, weights)).collect::<Result<_>>()?;
@@ -170,6 +176,7 @@ impl Decoder {
     }
 
     pub fn layer(&self, index: usize, hidden: Tensor<2>, layout: &TokenLayout) -> LayerOutput {
+        let _span = stage("layer").with("index", index as u64);
         self.layers[index].forward(hidden, layout)
     }
 
@@ -201,8 +208,8 @@ impl Decoder {
     pub fn forward(&self, layout: &TokenLayout) -> (Tensor<2>, Vec<Routing>) {
         let mut hidden = self.embed(layout);
         let mut routings = Vec::new();
-        for layer in &self.layers {
-            let output = layer.forward(hidden, layout);
+        for index in 0..self.layers.len() {
+            let output = self.layer(index, hidden, layout);
             hidden = output.hidden;
             routings.extend(output.routing);
         }

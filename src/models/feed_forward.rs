@@ -87,6 +87,14 @@ impl FeedForward {
         }
     }
 
+    /// What profiles call it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            FeedForward::Dense(_) => "feed-forward",
+            FeedForward::Experts(_) => "experts",
+        }
+    }
+
     /// # Shapes
     /// - `x` `[N, hidden]`, result `[N, hidden]`
     pub fn forward(&self, x: Tensor<2>) -> (Tensor<2>, Option<Routing>) {
@@ -188,10 +196,13 @@ impl Experts {
         let output = gather_rows(self.down.forward(inner, offsets), Arc::new(place));
         // One after the other and by the experts' numbers: an order that does not depend on who computes which expert
         // when, and that whoever has one expert in memory at a time can keep.
+        let shared = self.shared.forward(x);
+        if self.chosen == 1 {
+            return (shared + output, Routing { logits, experts: chosen });
+        }
         let output = output.reshape([tokens, self.chosen, hidden]);
-        let update = (0..self.chosen).fold(self.shared.forward(x), |update, choice| {
-            update + output.clone().narrow(1, choice, 1).reshape([tokens, hidden])
-        });
+        let update = (0..self.chosen)
+            .fold(shared, |update, choice| update + output.clone().narrow(1, choice, 1).reshape([tokens, hidden]));
         (update, Routing { logits, experts: chosen })
     }
 }

@@ -9,7 +9,7 @@ use half::bf16;
 use limbeck_kernels::{
     gather_rows::gather_rows,
     grouped_matmul::grouped_matmul,
-    host_op,
+    host_op, linear,
     packed_matmul::{self, Numbers, Order, PackedMatrix},
 };
 
@@ -112,7 +112,7 @@ impl Linear {
     /// - `x` `[N, inputs]`, result `[N, outputs]`
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match self {
-            Linear::Tensor(weight) => x.matmul(weight.clone().transpose()),
+            Linear::Tensor(weight) => linear::linear(x, weight.clone()),
             Linear::Packed(weight) => packed_matmul::linear(x, weight),
         }
     }

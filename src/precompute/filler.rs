@@ -15,6 +15,7 @@ use crate::{
     error::{Error, Result},
     inputs::Inputs,
     parallel::Collective,
+    profile::stage,
     progress::{Progress, Unit},
     recipe::Recipe,
     run::RunOptions,
@@ -72,6 +73,7 @@ impl<'a> Filler<'a> {
 
     /// Fills this writer's part of one cache. Gives its directory with it.
     pub(super) fn fill(&mut self, split: &str) -> Result<(PathBuf, Filled)> {
+        let _span = stage(if split == "held_out" { "fill the held-out cache" } else { "fill the cache" });
         let dir = inside(&self.inputs.plan.cache_dir, split);
         let loader = self.loader(split, None)?;
         let settings = self.settings(split, &loader)?;
@@ -103,6 +105,7 @@ impl<'a> Filler<'a> {
     }
 
     fn settings(&self, split: &str, loader: &DataLoader) -> Result<CacheSettings> {
+        let _span = stage("hash the text");
         // The number of tokens asked for decides where a cache ends, so it belongs to the data's identity.
         let mut identity = blake3::Hasher::new();
         identity.update(loader.data_fingerprint()?.as_bytes());

@@ -18,6 +18,7 @@ use crate::{
     memory,
     models::{Decoder, DecoderConfig, parameter::CheckpointWeights},
     parallel::{Collective, launch},
+    profile::stage,
     recipe::{Dtype, Recipe, TeacherMode, TeacherSection},
     remote::RemoteTeacher,
     run::RunOptions,
@@ -64,6 +65,7 @@ impl<'a> LiveTeacher<'a> {
 
     /// What the cache says of the teacher, if the recipe has one.
     pub(super) fn identity(&mut self) -> Result<Option<TeacherIdentity>> {
+        let _span = stage("identify the teacher");
         Ok(match (&self.recipe.teacher, &self.reader) {
             (None, _) => None,
             (Some(section), Some(reader)) => Some(TeacherIdentity {
@@ -149,6 +151,7 @@ impl<'a> LiveTeacher<'a> {
             }
             Teacher::Remote(teacher) => {
                 teacher.set_selection(selection)?;
+                let _span = stage("ask the servers").with("sequences", sequences.len() as u64);
                 let Some(found) = teacher.targets(sequences, &stop)? else { return Ok(false) };
                 found.into_iter().enumerate().try_for_each(|(place, targets)| give(place, targets))?;
             }

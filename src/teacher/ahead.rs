@@ -21,6 +21,7 @@ use crate::{
         parameter::{CheckpointWeights, Spare},
     },
     parallel::{Mesh, Place},
+    profile::stage,
 };
 
 /// How long a part is waited for in silence; then twice as long, and so on.
@@ -133,6 +134,7 @@ impl Ahead {
             self.spare.clear();
         }
         self.loader.spawn(move || {
+            let _span = stage("load weights");
             let source = CheckpointWeights::new(&reader).in_numbers(numbers);
             let source = match &spare {
                 Some(spare) => source.reusing(spare),
@@ -155,6 +157,7 @@ impl Ahead {
         }
         let (requested, loaded) = self.pending.take().expect("requested just now at the latest");
         assert_eq!(requested, part, "parts are taken in the order they are requested");
+        let _span = stage("wait for weights");
         let (mut patience, mut waited) = (PATIENCE, Duration::ZERO);
         loop {
             match loaded.recv_timeout(patience) {

@@ -9,6 +9,7 @@ use super::{predictions::Predictions, resident::HEAD_ROWS};
 use crate::{
     error::Result,
     models::Decoder,
+    profile::stage,
     selection::Selection,
     targets::{DistillBatch, SparseTargets},
 };
@@ -58,6 +59,7 @@ impl HeadTargets {
         first_sequence: u64,
     ) -> Result<Vec<SparseTargets>> {
         let length = batch.seq_len();
+        let _span = stage("head + top-k").with("rows", batch.row_count() as u64);
         let rows = self.predictions.rows(batch, |sequence| first_sequence + sequence as u64);
         let mut all = self.predictions.none();
         for first in (0..rows.len()).step_by(HEAD_ROWS) {

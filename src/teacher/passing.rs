@@ -22,6 +22,7 @@ use crate::{
     checkpoint::{CheckpointReader, Dtype},
     error::{Error, Result},
     models::{DecoderConfig, WeightSource, ends::FinalNorm, llama4::sharding, parameter::CheckpointWeights},
+    profile::stage,
     quantity::{short_bytes, thousands},
     targets::{PackedSequence, SparseTargets},
 };
@@ -136,7 +137,9 @@ impl Passing {
             stop,
             ahead: &mut self.ahead,
         };
+        let span = stage("sweep").with("tokens", (sequences.len() * self.seq_len) as u64);
         let experts = sweep.run(give)?;
+        drop(span);
         let tokens = (sequences.len() * self.seq_len) as u64;
         let bytes_read = self.reader.bytes_read();
         let bytes = bytes_read - std::mem::replace(&mut self.bytes_before, bytes_read);

@@ -8,6 +8,7 @@ use super::head::HeadTargets;
 use crate::{
     error::Result,
     models::{Decoder, TokenLayout, feed_forward::Routing},
+    profile::stage,
     selection::Selection,
     targets::{DistillBatch, PackedSequence, RouterCodes, SparseTargets},
 };
@@ -68,6 +69,7 @@ impl ResidentTeacher {
     /// When the sequences are too long for the teacher, hold ids it does not know, or its predictions are not finite.
     pub fn targets(&self, sequences: &[PackedSequence], first_sequence: u64) -> Result<Vec<SparseTargets>> {
         let batch = DistillBatch { sequences: sequences.to_vec(), targets: None, row_weights: None };
+        let _span = stage("teacher batch").with("tokens", batch.row_count() as u64);
         self.model.config.check_seq_len(batch.seq_len())?;
         self.head.check_ids(&batch)?;
         let layout = TokenLayout::of_batch(&self.model.config, &batch);

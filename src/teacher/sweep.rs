@@ -24,6 +24,7 @@ use crate::{
         ends::{FinalNorm, embedding_rows},
     },
     parallel::{Collective, message},
+    profile::stage,
     targets::{DistillBatch, PackedSequence, SparseTargets},
 };
 
@@ -92,6 +93,7 @@ impl Sweep<'_> {
         };
         let mut experts = Experts::default();
         for index in self.layers.clone() {
+            let _span = stage("layer").with("index", index as u64);
             match self.config.layers[index].feed_forward {
                 FeedForwardConfig::Dense { .. } => self.dense(index, &mut states)?,
                 FeedForwardConfig::Experts { expert_count, chosen, .. } => {
@@ -190,6 +192,7 @@ impl Sweep<'_> {
 
     /// The embedding of all tokens; of its rows only those that occur are read, of each by one rank.
     fn embed(&self) -> Result<States, Halt> {
+        let _span = stage("embedding");
         let (length, width) = (self.length, self.config.hidden_size);
         let own = self.first_id..self.first_id + self.config.vocab_size;
         let mut states = States::new(self.sequences.len() * length, width, self.spill)?;
@@ -249,6 +252,7 @@ impl Sweep<'_> {
         if self.sequences.is_empty() {
             return Ok(());
         }
+        let _span = stage("head + top-k").with("rows", (self.sequences.len() * self.length) as u64);
         let (vocab, length, fit) = (self.config.vocab_size, self.length, self.fit);
         if !fit.head_ahead {
             memory::give_back_freed();

@@ -13,6 +13,7 @@ use crate::{
     error::Result,
     loss::{DistillLoss, LossOutput, distill::scalar},
     models::{Decoder, TokenLayout, feed_forward::Routing},
+    profile::stage,
     targets::DistillBatch,
 };
 
@@ -57,13 +58,16 @@ impl Pass<'_> {
         if self.by_layers {
             return self.layers(model, balance, batch, tap, gather);
         }
+        let span = stage("forward").with("tokens", batch.row_count() as u64);
         let layout = TokenLayout::of_batch(&model.config, batch);
         let teacher = self.teacher(batch)?;
         let (hidden, routings) = model.forward(&layout);
+        drop(span);
         self.show(tap, batch, &hidden)?;
         if !is_finite(&hidden) {
             return Ok(None);
         }
+        let span = stage("loss");
         let mut output = self.loss.forward(self.step, hidden, model.lm_head(), batch)?;
         balance.count(&routings);
         let mut sum = output.sum.clone();
@@ -75,7 +79,8 @@ impl Pass<'_> {
         }
         let balance = self.balance(balance, &routings);
         output.sum = sum.clone().inner();
-        gather(model, sum.backward());
+        drop(span);
+        gather(model, backward(&sum));
         Ok(Some(Sums { output, balance, router: router.loss, router_kl: router.kl }))
     }
 
@@ -89,6 +94,7 @@ impl Pass<'_> {
     ) -> Result<Option<Sums>> {
         let layout = TokenLayout::of_batch(&model.config, batch);
         let teacher = self.teacher(batch)?;
+        let span = stage("forward").with("tokens", batch.row_count() as u64);
         let mut inputs = Vec::with_capacity(model.layer_count());
         let mut routings: Vec<Routing> = vec![];
         let last = {
@@ -103,12 +109,15 @@ impl Pass<'_> {
             hidden.autodiff().require_grad()
         };
         let hidden = model.final_norm(last.clone());
+        drop(span);
         self.show(tap, batch, &hidden)?;
         if !is_finite(&hidden) {
             return Ok(None);
         }
+        let span = stage("loss");
         let mut output = self.loss.forward(self.step, hidden, model.lm_head(), batch)?;
-        let mut gradients = output.sum.backward();
+        drop(span);
+        let mut gradients = backward(&output.sum);
         output.sum = output.sum.inner();
         let mut slope = last.grad_remove(&mut gradients).expect("the loss depends on the hidden states");
         gather(model, gradients);
@@ -125,12 +134,12 @@ impl Pass<'_> {
                     sum = sum + loss;
                 }
             }
-            let mut gradients = sum.backward();
+            let mut gradients = backward(&sum);
             slope = input.grad_remove(&mut gradients).expect("a layer's output depends on its input");
             gather(model, gradients);
         }
         let sum = (model.embed(&layout) * Tensor::from_inner(slope)).sum();
-        gather(model, sum.backward());
+        gather(model, backward(&sum));
         let balance = self.balance(balance, &routings);
         Ok(Some(Sums { output, balance, router: router.loss, router_kl: router.kl }))
     }
@@ -177,6 +186,11 @@ impl Pass<'_> {
         });
         (!routings.is_empty()).then(|| losses.sum::<f64>() / routings.len() as f64)
     }
+}
+
+fn backward(sum: &Tensor<1>) -> Gradients {
+    let _span = stage("backward");
+    sum.backward()
 }
 
 /// Whether all of some normed hidden states are numbers: their sum is one then, for none of them is large.

@@ -33,6 +33,7 @@ use crate::{
     error::{Error, Result},
     loss::{DistillLoss, TargetSums, Weights},
     models::Decoder,
+    profile::stage,
     targets::{DistillBatch, TargetSource},
 };
 
@@ -210,6 +211,7 @@ impl Trainer {
         sequence_count: u64,
         tap: Option<&mut dyn Tap>,
     ) -> Result<StepDone> {
+        let _span = stage("training step").with("step", self.step + 1);
         let began = Instant::now();
         let mut waited = Duration::ZERO;
         let (mut loss_sum, mut aux_sum, mut router_kl, mut token_count) = (0.0, None, None, 0);
@@ -226,8 +228,9 @@ impl Trainer {
             by_layers: self.config.checkpoint_activations,
         };
         for numbers in numbers {
-            let asked = Instant::now();
+            let (asked, span) = (Instant::now(), stage("wait for data"));
             let batch = next()?;
+            drop(span);
             waited += asked.elapsed();
             refuse_targets_without_meaning(&batch, numbers)?;
             let shown = match (&mut tap, &frozen) {
@@ -235,7 +238,10 @@ impl Trainer {
                 _ => None,
             };
             let (model, optimizer) = (&mut self.model, &mut self.optimizer);
-            let mut gather = |model: &mut Decoder, gradients| optimizer.gather(model, gradients);
+            let mut gather = |model: &mut Decoder, gradients| {
+                let _span = stage("gather gradients");
+                optimizer.gather(model, gradients);
+            };
             let found = pass.run(model, &mut self.balance, &batch, shown, &mut gather)?;
             let Some(Sums { output, balance, router, router_kl: kl }) = found else {
                 // The other micro-batches are taken all the same, so that the next step begins with its own.
@@ -262,10 +268,12 @@ impl Trainer {
         let count = token_count.max(1) as f64;
         let loss = loss_sum / count;
         let learning_rate = config.learning_rate.value(self.step, config.steps);
+        let span = stage("optimizer");
         let grad_norm = self.optimizer.gradient_norm(token_count);
         let trouble = self.watch.trouble(&config.guards, loss, grad_norm);
         if trouble.is_none() {
             self.optimizer.update(&mut self.model, learning_rate, token_count, grad_norm);
+            drop(span);
             self.balance.end_step(&config.router);
             self.loss.end_step(self.step, soft.as_ref(), &hard);
             self.watch.accept(&config.guards, self.step + 1, loss);
@@ -332,6 +340,7 @@ impl Trainer {
         files: &[(String, Vec<u8>)],
         mut tap: Option<&mut (dyn Tap + '_)>,
     ) -> Result<()> {
+        let _span = stage("checkpoint");
         let mut state = TrainState {
             step: self.step,
             tokens_seen: self.tokens_seen,

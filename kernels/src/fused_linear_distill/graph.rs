@@ -25,7 +25,7 @@ use super::{
     host::{self, HostMatrix, Wanted},
     logits,
 };
-use crate::host_op;
+use crate::{host_op, profile};
 
 /// The weights of a row, kept by a node of the graph.
 pub type SharedWeigh = Arc<dyn Fn(usize, &RowMeasures) -> RowWeights + Send + Sync>;
@@ -203,6 +203,7 @@ impl LinearDistillBackend for Flex {
         assert_eq!(hidden.dtype(), lm_head.dtype(), "hidden states and head have one type");
         let (hidden, lm_head) = (hidden.to_contiguous(), lm_head.to_contiguous());
         let width = lm_head.layout().shape()[1];
+        let _span = profile::op("fused loss").with("rows", job.targets.row_count() as u64);
         let weigh = |row: usize, measures: &RowMeasures| (job.weigh)(row, measures);
         let output =
             host::run(host_matrix(&hidden), host_matrix(&lm_head), width, &job.targets, &job.settings, &weigh, wanted);

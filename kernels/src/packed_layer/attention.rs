@@ -12,6 +12,7 @@ use crate::{
         Instructions, Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Numbers, PANEL, PackedMatrix, Panel, multiply_with,
         product,
     },
+    profile,
     rms_norm::norm_row,
     rotary::RotaryTable,
     vector_math::{exp, vectorised},
@@ -71,6 +72,7 @@ impl AttentionHalf<'_> {
             Some(count) => {
                 let pieces = values.par_chunks_mut(count * width).zip(hidden.par_chunks(count * inputs)).enumerate();
                 pieces.for_each(|(number, (values, hidden))| {
+                    let _span = profile::piece("norm, query, key and value products, rotary");
                     with_workspace(instructions, |workspace| {
                         norm_into(instructions, hidden, self.norm, self.eps, self.query.numbers(), workspace);
                         let (mut before, mut sums) = (0, NO_SUMS);

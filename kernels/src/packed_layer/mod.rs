@@ -16,6 +16,7 @@ use workspace::{Workspace, with_workspace};
 
 use crate::{
     packed_matmul::{Instructions, Numbers, PANEL, PackedMatrix, multiply_with},
+    profile,
     rms_norm::norm_row,
     vector_math::{exp, vectorised},
 };
@@ -81,6 +82,8 @@ pub fn attend_with(
     let width = attention.query.inputs();
     let rows = hidden.len() / width;
     assert_eq!(hidden.len(), rows * width, "whole rows");
+    let name = if then.is_some() { "packed block" } else { "packed attention half" };
+    let _span = profile::op(name).with("rows", rows as u64);
     let projected = attention.project(instructions, hidden);
     let Some(count) = rows_at_once(rows) else {
         let block = MOST_ROWS.min(rows.div_ceil(rayon::current_num_threads()).max(1));
@@ -105,13 +108,17 @@ pub fn attend_with(
             let mut mixed = std::mem::take(&mut workspace.mixed);
             let mixed_width = attention.output.inputs();
             mixed.resize(rows * mixed_width, 0.0);
+            let span = profile::piece("attention");
             attention.mix(instructions, &projected, number * count, &mut mixed, workspace);
+            drop(span);
+            let span = profile::piece("output product");
             workspace.rows.resize(instructions, attention.output.numbers(), rows, mixed_width);
             for (row, values) in mixed.chunks(mixed_width).enumerate() {
                 workspace.rows.write_row(row, values);
             }
             workspace.mixed = mixed;
             finish_product(instructions, &workspace.rows, attention.output, hidden, result);
+            drop(span);
             if let Some(then) = then {
                 feed_forward_rows(instructions, hidden, then, result, workspace);
             }
@@ -138,6 +145,7 @@ pub fn feed_forward_with(instructions: Instructions, hidden: &mut [f32], half: &
     let width = half.gate.inputs();
     let rows = hidden.len() / width;
     assert_eq!(hidden.len(), rows * width, "whole rows");
+    let _span = profile::op("packed feed-forward half").with("rows", rows as u64);
     if let Some(count) = rows_at_once(rows) {
         hidden.par_chunks_mut(count * width).for_each(|hidden| {
             with_workspace(instructions, |workspace| feed_forward_rows(instructions, hidden, half, result, workspace));
@@ -232,6 +240,7 @@ fn feed_forward_rows(
     result: Result,
     workspace: &mut Workspace,
 ) {
+    let span = profile::piece("norm, gate and up products, swiglu");
     norm_into(instructions, hidden, half.norm, half.eps, half.gate.numbers(), workspace);
     let Workspace { rows, inner, .. } = workspace;
     let (inner_width, count) = (half.gate.outputs(), hidden.len() / half.norm.len());
@@ -249,5 +258,7 @@ fn feed_forward_rows(
             }
         }
     }
+    drop(span);
+    let _span = profile::piece("down product");
     finish_product(instructions, inner, half.down, hidden, result);
 }

@@ -8,6 +8,7 @@ use super::{Instructions, PackedMatrix, Product, multiply_then};
 use crate::{
     gemm_call::{self, View},
     host_op::{self, Forward, HostArray, HostOp},
+    profile,
 };
 
 /// `x W^T` with packed weights, which are constants to the gradient.
@@ -41,6 +42,7 @@ pub fn grouped(x: Tensor<2>, weights: &[Arc<PackedMatrix>], offsets: Arc<Vec<usi
 /// # Shapes
 /// - result `[N, inputs]`, outside any graph
 pub fn rows(weights: &PackedMatrix, numbers: &[u32], device: &burn::tensor::Device) -> Tensor<2> {
+    let _span = profile::op("embedding rows").with("rows", numbers.len() as u64);
     let mut values = vec![0.0; numbers.len() * weights.inputs()];
     for (row, &number) in values.chunks_mut(weights.inputs()).zip(numbers) {
         weights.row(number as usize, row);
@@ -63,6 +65,10 @@ impl Products {
 }
 
 impl HostOp for Products {
+    fn names(&self) -> [&'static str; 2] {
+        ["packed product", "packed product backward"]
+    }
+
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (x, outputs) = (inputs[0], self.weights[0].outputs());
         let width = x.width();
