@@ -1,7 +1,9 @@
-//! Tensors of a device as the driver needs them: views of rows and columns, scratch room, and products into it.
+//! Tensors of a device as a driver needs them: memory as a kernel takes it, new tensors, views of rows and columns,
+//! scratch room, and products into it.
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::{
+    CubeDevice,
     cubecl::{
         client::Client,
         ir::{ElemType, FloatKind},
@@ -56,6 +58,25 @@ pub fn buffer(handle: &Handle, count: usize, element: usize) -> BufferArg {
     assert!((count * element) as u64 <= handle.size_in_used(), "an operand that fits its memory");
     // SAFETY: the assertion above keeps the length within the memory behind the handle.
     unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
+}
+
+/// A kernel's operand: all elements of a tensor without gaps.
+pub fn whole(tensor: &CubeTensor) -> BufferArg {
+    assert!(tensor.is_contiguous(), "a tensor without gaps");
+    buffer(&tensor.handle, tensor.meta.num_elements(), tensor.dtype.size())
+}
+
+/// A row-major tensor on the device of `like`, of which nothing is written yet. There is memory behind an empty one too.
+pub fn empty(like: &CubeTensor, shape: impl Into<Vec<usize>>, dtype: DType) -> CubeTensor {
+    let shape = Shape::from(shape.into());
+    let handle = like.client.empty(shape.num_elements().max(1) * dtype.size());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// Whether the kernels can run on a device, with operands of this type.
+pub fn takes(device: &CubeDevice, dtype: DType) -> bool {
+    let client = device.client();
+    element(dtype).is_some() && client.properties().hardware.max_units_per_cube as usize >= UNITS
 }
 
 /// Numbers on the device. Never empty, which not every device can bind.
