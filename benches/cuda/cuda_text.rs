@@ -1,5 +1,7 @@
-//! Writes the CUDA C++ of every kernel of the fused loss into a folder, one file each, for `nvrtc.py` to compile. Needs
+//! Writes the CUDA C++ of every kernel into a folder, one file each, for `nvrtc.py` to compile. Needs
 //! no GPU and no CUDA: the device is described here by hand, as cubecl's runtime describes an H100.
+
+mod cuda_text_tiles;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -115,6 +117,7 @@ fn main() {
     std::fs::create_dir_all(&folder).expect("the folder can be made");
     let writer = Writer { folder };
     let (device, target) = (device(), target());
+    cuda_text_tiles::write(&writer, &cuda_text_tiles::with_tensor_cores(device.clone()), &target);
     let (few, many) = (CubeDim::new_1d(FEW_UNITS as u32), CubeDim::new_1d(UNITS as u32));
     let per_row = CubeCount::Static(BLOCK as u32, 1, 1);
     let per_number = |columns: usize| CubeCount::Static((columns / UNITS) as u32, BLOCK as u32, 1);

@@ -6,8 +6,12 @@
 //! operation's kernels. The fused loss, which asks the host between two passes, has its own node and its own drivers in
 //! [`fused_linear_distill`](crate::fused_linear_distill).
 
+#[cfg(feature = "device")]
+pub mod attention;
 #[cfg(feature = "cube")]
 pub mod cube;
+#[cfg(feature = "device")]
+pub mod grouped_matmul;
 #[cfg(feature = "device")]
 pub mod op;
 #[cfg(feature = "device")]

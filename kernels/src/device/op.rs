@@ -18,7 +18,7 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 use burn::tensor::{DType, Device, Tensor};
-use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
+use burn_cubecl::{CubeBackend, cubecl::client::Client, kernel::into_contiguous, tensor::CubeTensor};
 
 use super::tensors;
 use crate::host_op::AnyTensor;
@@ -66,12 +66,17 @@ pub trait DeviceOp: Debug + Send + Sync + 'static {
 
 /// Whether device operations can run on this device, with operands of this type.
 pub fn runs_on(device: &Device, dtype: DType) -> bool {
+    client(device, dtype).is_some()
+}
+
+/// The client of a device that device operations can run on, with operands of this type.
+pub fn client(device: &Device, dtype: DType) -> Option<Client> {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     if let burn::backend::DispatchDevice::Cube(device) = device.clone().inner().as_dispatch() {
-        return tensors::takes(device, dtype);
+        return tensors::takes(device, dtype).then(|| device.client());
     }
     let _ = (device, dtype);
-    false
+    None
 }
 
 /// Runs an operation of one to three operands whose output has rank `D`.

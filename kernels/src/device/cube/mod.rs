@@ -3,3 +3,9 @@
 
 /// Threads of a group, and the least that a device must offer.
 pub const UNITS: usize = 256;
+
+pub mod attention;
+pub mod attention_gradients;
+pub mod grouped_matmul;
+pub mod plans;
+pub mod product;
