@@ -6,9 +6,19 @@
 //! operation's kernels. The fused loss, which asks the host between two passes, has its own node and its own drivers in
 //! [`fused_linear_distill`](crate::fused_linear_distill).
 
+#[cfg(feature = "device")]
+pub mod adamw;
 #[cfg(feature = "cube")]
 pub mod cube;
 #[cfg(feature = "device")]
+pub mod gather_rows;
+#[cfg(feature = "device")]
 pub mod op;
+#[cfg(feature = "device")]
+pub mod rms_norm;
+#[cfg(feature = "device")]
+pub mod rotary;
+#[cfg(feature = "device")]
+pub mod swiglu;
 #[cfg(feature = "device")]
 pub mod tensors;
