@@ -2,6 +2,7 @@
 //! no GPU and no CUDA: the device is described here by hand, as cubecl's runtime describes an H100.
 
 mod cuda_text_tiles;
+mod operations_text;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -80,8 +81,8 @@ fn target() -> Arc<TargetProperties> {
 
 /// An operand of `count` elements, of which nothing is ever read.
 fn operand(count: usize) -> BufferArg {
-    let handle = Handle::new(ServiceId::of::<()>(DeviceId::new(0, 0)), StreamId::current(), (count * 8) as u64);
-    // SAFETY: eight bytes per element are claimed above, and no kernel is launched.
+    let handle = Handle::new(ServiceId::of::<()>(DeviceId::new(0, 0)), StreamId::current(), (count * 32) as u64);
+    // SAFETY: thirty-two bytes per element are claimed above, and no kernel is launched.
     unsafe { BufferArg::from_raw_parts(handle, count) }
 }
 
@@ -266,4 +267,5 @@ fn main() {
             writer.write(&format!("scatter_rows{width_name}_{element_name}"), &kernel);
         }
     }
+    operations_text::write(&writer, &device, &target);
 }

@@ -10,7 +10,7 @@ use limbeck_kernels::{
     attention::Heads,
     device::cube::{
         attention::attention_forward,
-        attention_gradients::{ROW_UNITS, ROWS, attention_key_gradients, attention_query_gradient, row_numbers},
+        attention_gradients::{attention_key_gradients, attention_query_gradient, row_numbers},
         grouped_matmul::{GroupedPlan, grouped_product},
         plans::{Cut, Plans},
     },
@@ -77,7 +77,7 @@ fn write_attention(
         device.clone(),
         target.clone(),
         cubes(),
-        units(ROWS * ROW_UNITS),
+        units(UNITS),
         AddressType::U32,
         plans.vector,
         queries(),

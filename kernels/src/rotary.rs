@@ -4,6 +4,8 @@ use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
@@ -25,6 +27,8 @@ pub struct RotaryTable {
     pub cosines: Arc<Vec<f32>>,
     pub sines: Arc<Vec<f32>>,
     pub pairing: Pairing,
+    #[cfg(feature = "device")]
+    pub(crate) uploaded: device::rotary::Uploaded,
 }
 
 impl RotaryTable {
@@ -35,6 +39,8 @@ impl RotaryTable {
             cosines: Arc::new(angles().map(f32::cos).collect()),
             sines: Arc::new(angles().map(f32::sin).collect()),
             pairing,
+            #[cfg(feature = "device")]
+            uploaded: Default::default(),
         }
     }
 }
@@ -75,6 +81,10 @@ impl RotaryTable {
 pub fn rotary(x: Tensor<2>, head_dim: usize, table: &RotaryTable) -> Tensor<2> {
     if host_op::runs_on(&x.device()) {
         return host_op::apply(Rotary { head_dim, table: table.clone() }, vec![x.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&x.device(), x.dtype()) {
+        return device::op::apply(device::rotary::Rotary { head_dim, table: table.clone() }, vec![x.into()]);
     }
     rotary_reference(x, head_dim, table)
 }

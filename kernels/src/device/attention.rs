@@ -3,18 +3,18 @@
 
 use burn::tensor::{DType, Device};
 use burn_cubecl::{
-    cubecl::{ir::AddressType, prelude::*, server::Handle},
+    cubecl::{prelude::*, server::Handle},
     tensor::CubeTensor,
 };
 
 use super::{
     cube::{
         attention::{AttentionPlan, attention_forward},
-        attention_gradients::{ROW_UNITS, ROWS, attention_key_gradients, attention_query_gradient, row_numbers},
+        attention_gradients::{ROWS, attention_key_gradients, attention_query_gradient, row_numbers},
         plans::Plans,
     },
     op::{DeviceOp, Spec, client},
-    tensors::{buffer, element, empty, upload, whole},
+    tensors::{address, buffer, cube_dim, cubes, element, empty, upload, vectors, whole},
 };
 use crate::attention::{Heads, KeyRanges};
 
@@ -48,10 +48,6 @@ impl Attention {
         CubeCount::Static(tiles as u32, self.heads.key_heads as u32, self.counts().1 as u32)
     }
 
-    fn address(&self) -> AddressType {
-        AddressType::from_len(self.counts().0 * self.heads.query_heads * self.heads.head_dim)
-    }
-
     fn rows(&self) -> usize {
         self.ranges.sequence_len * self.heads.query_heads / self.heads.key_heads
     }
@@ -71,13 +67,13 @@ impl Attention {
                 &query.client,
                 self.cubes(self.rows(), &plan),
                 CubeDim::new_1d(plan.tile.units() as u32),
-                self.address(),
+                address(&[query]),
                 self.plans.vector,
-                whole(query),
-                whole(key),
-                whole(value),
+                vectors(query, self.plans.vector),
+                vectors(key, self.plans.vector),
+                vectors(value, self.plans.vector),
                 buffer(&upload(&query.client, &self.ranges.first_key), tokens, 4),
-                whole(&output),
+                vectors(&output, self.plans.vector),
                 whole(&log_sums),
                 self.ranges.sequence_len,
                 self.scale(),
@@ -117,17 +113,14 @@ impl Attention {
     fn row_numbers(&self, output: &CubeTensor, log_sums: &CubeTensor, output_grad: &CubeTensor) -> CubeTensor {
         let rows = self.counts().0 * self.heads.query_heads;
         let numbers = empty(output, [rows, 2], DType::F32);
-        let cubes = rows.div_ceil(ROWS);
-        // A grid has 65,535 cubes a side.
-        let across = cubes.min(32_768);
         row_numbers::launch(
             &output.client,
-            CubeCount::Static(across as u32, cubes.div_ceil(across) as u32, 1),
-            CubeDim::new_1d((ROWS * ROW_UNITS) as u32),
-            self.address(),
+            cubes(rows.div_ceil(ROWS)),
+            cube_dim(),
+            address(&[output]),
             self.plans.vector,
-            whole(output),
-            whole(output_grad),
+            vectors(output, self.plans.vector),
+            vectors(output_grad, self.plans.vector),
             whole(log_sums),
             whole(&numbers),
             rows,
@@ -157,15 +150,15 @@ impl Attention {
             &query.client,
             self.cubes(self.rows(), &plan),
             CubeDim::new_1d(plan.tile.units() as u32),
-            self.address(),
+            address(&[query]),
             self.plans.vector,
-            whole(query),
-            whole(key),
-            whole(value),
-            whole(output_grad),
+            vectors(query, self.plans.vector),
+            vectors(key, self.plans.vector),
+            vectors(value, self.plans.vector),
+            vectors(output_grad, self.plans.vector),
             whole(numbers),
             buffer(ranges, 2 * self.counts().0, 4),
-            whole(query_grad),
+            vectors(query_grad, self.plans.vector),
             self.ranges.sequence_len,
             self.scale(),
             plan,
@@ -186,16 +179,16 @@ impl Attention {
             &query.client,
             self.cubes(self.ranges.sequence_len, &plan),
             CubeDim::new_1d(plan.tile.units() as u32),
-            self.address(),
+            address(&[query]),
             self.plans.vector,
-            whole(query),
-            whole(key),
-            whole(value),
-            whole(output_grad),
+            vectors(query, self.plans.vector),
+            vectors(key, self.plans.vector),
+            vectors(value, self.plans.vector),
+            vectors(output_grad, self.plans.vector),
             whole(numbers),
             buffer(ranges, 2 * self.counts().0, 4),
-            whole(key_grad),
-            whole(value_grad),
+            vectors(key_grad, self.plans.vector),
+            vectors(value_grad, self.plans.vector),
             self.ranges.sequence_len,
             self.scale(),
             plan,

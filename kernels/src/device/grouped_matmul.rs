@@ -4,10 +4,7 @@
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device};
-use burn_cubecl::{
-    cubecl::{ir::AddressType, prelude::*},
-    tensor::CubeTensor,
-};
+use burn_cubecl::{cubecl::prelude::*, tensor::CubeTensor};
 
 use super::{
     cube::{
@@ -15,7 +12,7 @@ use super::{
         plans::Cut,
     },
     op::{DeviceOp, Spec, client},
-    tensors::{buffer, element, empty, upload, whole},
+    tensors::{address, buffer, element, empty, upload, vectors},
 };
 
 /// The cut for a device, or `None` where it has no kernel for such matrices.
@@ -94,8 +91,6 @@ impl GroupedMatmul {
         let tiles: Vec<u32> = tiles.map(|number| u32::try_from(number).expect("rows that 32 bits count")).collect();
         let uploaded = upload(&left.client, &tiles);
         let columns = *output.meta.shape().to_vec().last().expect("a matrix");
-        let numbers = [left, right, output].map(|tensor| tensor.meta.num_elements());
-        let address = AddressType::from_len(numbers.into_iter().fold(0, usize::max));
         let plan = GroupedPlan { tile: self.cut.tile, left_turned, right_turned };
         let (count, mut first) = (tiles.len() / NUMBERS, 0);
         // One launch, but for lists longer than a grid's side.
@@ -105,11 +100,11 @@ impl GroupedMatmul {
                 &left.client,
                 CubeCount::Static(here as u32, columns.div_ceil(self.cut.tile.columns) as u32, 1),
                 CubeDim::new_1d(self.cut.tile.units() as u32),
-                address,
+                address(&[left, right, output]),
                 self.cut.vector,
-                whole(left),
-                whole(right),
-                whole(output),
+                vectors(left, self.cut.vector),
+                vectors(right, self.cut.vector),
+                vectors(output, self.cut.vector),
                 buffer(&uploaded, tiles.len(), 4),
                 first,
                 columns,

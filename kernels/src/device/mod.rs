@@ -7,12 +7,22 @@
 //! [`fused_linear_distill`](crate::fused_linear_distill).
 
 #[cfg(feature = "device")]
+pub mod adamw;
+#[cfg(feature = "device")]
 pub mod attention;
 #[cfg(feature = "cube")]
 pub mod cube;
 #[cfg(feature = "device")]
+pub mod gather_rows;
+#[cfg(feature = "device")]
 pub mod grouped_matmul;
 #[cfg(feature = "device")]
 pub mod op;
+#[cfg(feature = "device")]
+pub mod rms_norm;
+#[cfg(feature = "device")]
+pub mod rotary;
+#[cfg(feature = "device")]
+pub mod swiglu;
 #[cfg(feature = "device")]
 pub mod tensors;

@@ -230,23 +230,26 @@ impl<B: DeviceBackend, C: CheckpointStrategy> DeviceOps for Autodiff<B, C> {
     }
 }
 
+#[cfg(feature = "fusion")]
+pub(super) use fused::queue;
+
 /// Both passes as operations in fusion's queue, opaque to it.
 #[cfg(feature = "fusion")]
 mod fused {
     use std::fmt;
 
     use burn::backend::fusion::{
-        Fusion, FusionBackend, FusionRuntime,
+        ExecutionError, Fusion, FusionBackend, FusionRuntime,
         custom::{CustomOpIr, HandleContainer, Operation, OperationIr, StreamId, TensorIr},
     };
-    use burn::{backend::ExecutionError, tensor::Shape};
+    use burn::tensor::Shape;
 
     use super::*;
 
     type Fused = Fusion<CubeBackend>;
     type Runtime = <CubeBackend as FusionBackend>::FusionRuntime;
     type Handles = HandleContainer<<Runtime as FusionRuntime>::FusionHandle>;
-    type Work = dyn Fn(Vec<CubeTensor>) -> Vec<CubeTensor> + Send + Sync;
+    pub(in crate::device) type Work = dyn Fn(Vec<CubeTensor>) -> Vec<CubeTensor> + Send + Sync;
 
     /// What is done when the queue gets there.
     struct Queued {
@@ -274,7 +277,8 @@ mod fused {
         }
     }
 
-    fn queue(
+    /// Puts `work` in the queue, which gives `outputs` for `inputs` when it is done.
+    pub(in crate::device) fn queue(
         name: &'static str,
         inputs: Vec<FloatTensor<Fused>>,
         outputs: Vec<Spec>,

@@ -1,4 +1,4 @@
-//! The forward kernel of attention. A row is one query head of one token; the heads that share a key head lie next to
+//! The forward kernel of attention. Counts are of elements, not of vectors. A row is one query head of one token; the heads that share a key head lie next to
 //! each other, so that row `r` of a sequence is of token `r / group`. A cube holds a tile of rows and passes once over the
 //! tiles of keys that any of them sees, with a running maximum and sum per row.
 //!

@@ -8,13 +8,14 @@
 use cubecl::prelude::*;
 
 use super::{
+    UNITS,
     attention::{AttentionPlan, Seat, products, read_rows, seen, write_panel},
-    product,
+    lane_sum, product,
 };
 
-/// Units that add up one row of [`row_numbers`], and rows of a cube.
-pub const ROW_UNITS: usize = 32;
-pub const ROWS: usize = 8;
+/// Units that add up one row, and rows of a cube, of [`row_numbers`].
+const ROW_UNITS: usize = 32;
+pub const ROWS: usize = UNITS / ROW_UNITS;
 
 /// Two numbers per token and head for the kernels below: the logarithm of the row's sum, and the product of the output
 /// with its gradient.
@@ -47,20 +48,10 @@ pub fn row_numbers<E: Float, N: Size>(
             column += comptime!(ROW_UNITS);
         }
     }
-    let mut partial = Shared::<[f32]>::new_slice(comptime!(ROWS * ROW_UNITS));
-    partial[unit] = sum;
-    sync_cube();
-    let mut half = comptime!(ROW_UNITS / 2).runtime();
-    while half > 0 {
-        if lane < half {
-            partial[unit] += partial[unit + half];
-        }
-        sync_cube();
-        half /= 2;
-    }
+    let total = lane_sum(sum, ROW_UNITS);
     if lane == 0 && row < rows {
         numbers[row * 2] = log_sums[row];
-        numbers[row * 2 + 1] = partial[unit];
+        numbers[row * 2 + 1] = total;
     }
 }
 

@@ -1,4 +1,4 @@
-//! One matrix product per group of rows, of all groups in one launch. The host lists the tiles of rows, and a cube takes
+//! One matrix product per group of rows, of all groups in one launch. Counts are of elements, not of vectors. The host lists the tiles of rows, and a cube takes
 //! one of them by a tile of columns; the three products of forward and backward differ only in how operands lie and in
 //! what the list says.
 
