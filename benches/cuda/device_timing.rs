@@ -4,6 +4,7 @@
 //! `device_timing operations TYPE REPEATS` the other operations. TYPE is bf16, f16 or f32.
 
 mod operation_timing;
+mod tile_timing;
 
 use std::{sync::Arc, time::Instant};
 
@@ -53,7 +54,9 @@ fn main() {
     if arguments.first().is_some_and(|first| first == "operations") {
         let repeats = arguments.get(2).and_then(|count| count.parse().ok());
         let repeats = repeats.expect("usage: device_timing operations TYPE REPEATS");
-        return operation_timing::print_all(&device(), &arguments[1], element_type(&arguments[1]), repeats);
+        let (device, dtype) = (device(), element_type(&arguments[1]));
+        operation_timing::print_all(&device, &arguments[1], dtype, repeats);
+        return tile_timing::print_all(&device, &arguments[1], dtype, repeats);
     }
     let [tokens, width, vocab, kept, repeats] = [0, 1, 2, 3, 5].map(|place| {
         let argument = arguments.get(place).map(String::as_str).unwrap_or("");

@@ -26,10 +26,10 @@ const VOCABULARY: usize = 202_048;
 /// Launches between two looks at the clock.
 const AT_ONCE: usize = 20;
 
-struct Timer<'a> {
-    device: &'a Device,
-    type_name: &'a str,
-    repeats: usize,
+pub struct Timer<'a> {
+    pub device: &'a Device,
+    pub type_name: &'a str,
+    pub repeats: usize,
 }
 
 impl Timer<'_> {
@@ -56,7 +56,7 @@ impl Timer<'_> {
         );
     }
 
-    fn both_ways(&self, name: &str, op: &dyn DeviceOp, inputs: &[CubeTensor], bytes: [usize; 2]) {
+    pub fn both_ways(&self, name: &str, op: &dyn DeviceOp, inputs: &[CubeTensor], bytes: [usize; 2]) {
         let (output, saved) = op.forward(inputs);
         self.print(name, bytes[0], || drop(op.forward(inputs)));
         let needed = vec![true; inputs.len()];
@@ -123,7 +123,7 @@ pub fn print_all(device: &Device, type_name: &str, dtype: DType, repeats: usize)
 }
 
 /// A tensor of numbers near 1 in size; which they are makes no difference to a time.
-fn fill(shape: &[usize], dtype: DType, device: &CubeDevice) -> CubeTensor {
+pub fn fill(shape: &[usize], dtype: DType, device: &CubeDevice) -> CubeTensor {
     let width = *shape.last().expect("at least one axis");
     let row: Vec<f32> = (0..width).map(|i| (i % 31) as f32 / 16.0 - 0.9).collect();
     let row = CubeBackend::float_from_data(TensorData::new(row, [width]), device);

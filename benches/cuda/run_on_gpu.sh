@@ -8,10 +8,10 @@ cd "$(dirname "$0")/../.."
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv,noheader
 
 # The same tests as on any other device, against f64 loops, bf16 among them.
-cargo test --release -p limbeck-kernels --features cuda,fusion --test device_form --test device_operations -- --nocapture
-cargo test --release -p limbeck-kernels --features cuda --test device_form --test device_operations
+cargo test --release -p limbeck-kernels --features cuda,fusion --test device_form --test device_operations --test device_tiles -- --nocapture
+cargo test --release -p limbeck-kernels --features cuda --test device_form --test device_operations --test device_tiles
 # And by way of the CUDA C++ that benches/cuda/nvrtc.py compiles; without this, cubecl makes PTX by way of LLVM.
-cargo test --release -p limbeck-kernels --features cuda,cubecl/cuda-cpp --test device_form --test device_operations
+cargo test --release -p limbeck-kernels --features cuda,cubecl/cuda-cpp --test device_form --test device_operations --test device_tiles
 
 cargo build --release -p limbeck-kernels --features cuda,burn/autotune --example device_timing
 mkdir -p benches/results
