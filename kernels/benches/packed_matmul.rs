@@ -1,6 +1,7 @@
 //! Products with packed weights beside those of the crate `gemm`, which packs both operands every time, in turn; medians.
 //! Prints a row per shape: GFLOP per second of processor time, on the number of threads given (two without one), and
-//! the same by the clock.
+//! the same by the clock. Then the same for rows and weights in bfloat16 by each instruction set that is worth a column,
+//! AMX among them where the machine has it.
 //!
 //! ```sh
 //! cargo bench -p limbeck-kernels --bench packed_matmul -- [threads]
@@ -8,7 +9,7 @@
 
 use std::time::Instant;
 
-use limbeck_kernels::packed_matmul::{Instructions, Order, PackedMatrix, multiply, multiply_with};
+use limbeck_kernels::packed_matmul::{Element, Instructions, Order, PackedMatrix, multiply, multiply_with};
 
 /// Rows, inputs, outputs: the layers of SmolLM2-135M and its head, expert-like layers, and few rows.
 const SHAPES: [[usize; 3]; 14] = [
@@ -90,41 +91,83 @@ fn main() {
         "| rows x in x out | gemm | packed f32 | of gemm | packed bf16 | of f32 | AVX2, f32 | GB/s of bf16 weights | by the clock: gemm | f32 of it | bf16 of f32 |"
     );
     println!("|{}", "---|".repeat(11));
-    for shape in SHAPES {
-        let [row_count, inputs, outputs] = shape;
-        let rows = random(row_count * inputs, 1);
-        let weights = random(inputs * outputs, 2);
-        let narrow: Vec<f32> = weights.iter().map(|weight| f32::from_bits(weight.to_bits() & 0xffff_0000)).collect();
-        let pack = |values: &[f32]| PackedMatrix::pack_f32(values, Order::OutputMajor, inputs, outputs);
-        let (wide, narrow) = (pack(&weights), pack(&narrow));
-        assert!(narrow.is_bf16() && !wide.is_bf16());
-        let mut output = vec![0.0f32; row_count * outputs];
-        let flops = 2.0 * (row_count * inputs * outputs) as f64;
-        let rounds = ((FLOPS / flops) as usize).clamp(5, 60);
-        let avx2 = Instructions::available().get(1).copied();
-        let mut times: [Vec<[f64; 2]>; 4] = Default::default();
-        for _ in 0..rounds {
-            times[0].push(seconds(|| gemm_product(&rows, &weights, &mut output, shape)));
-            times[1].push(seconds(|| multiply(&rows, &wide, &mut output)));
-            times[2].push(seconds(|| multiply(&rows, &narrow, &mut output)));
-            if let Some(avx2) = avx2 {
-                times[3].push(seconds(|| multiply_with(avx2, &rows, &wide, &mut output)));
-            }
-        }
-        let [gemm, wide, narrow_time, avx2] = times.map(|times| median(&times));
-        let rate = |seconds: f64| flops / seconds / 1e9;
-        println!(
-            "| {row_count} x {inputs} x {outputs} | {:.1} | {:.1} | {:.2} | {:.1} | {:.2} | {:.1} | {:.1} | {:.1} | {:.2} | {:.2} |",
-            rate(gemm[1]),
-            rate(wide[1]),
-            gemm[1] / wide[1],
-            rate(narrow_time[1]),
-            wide[1] / narrow_time[1],
-            rate(avx2[1]),
-            narrow.bytes() as f64 / narrow_time[0] / 1e9,
-            rate(gemm[0]),
-            gemm[0] / wide[0],
-            wide[0] / narrow_time[0],
-        );
+    SHAPES.iter().for_each(|&shape| exact(shape));
+    println!();
+    match Instructions::amx() {
+        Ok(()) => println!("Best: {}.", Instructions::best()),
+        Err(why) => println!("Best: {}. No AMX: {why}.", Instructions::best()),
     }
+    println!();
+    println!(
+        "| rows x in x out, all in bfloat16 |{}",
+        sets().map(|set| format!(" {set} | by the clock |")).collect::<String>()
+    );
+    println!("|{}", "---|".repeat(1 + 2 * sets().count()));
+    SHAPES.iter().for_each(|&shape| rounded(shape));
+}
+
+/// Those without AVX-512 where there are others are left out.
+fn sets() -> impl Iterator<Item = Instructions> {
+    let all = Instructions::available();
+    all[all.len().saturating_sub(1).min(2)..].iter().copied()
+}
+
+/// Products of rows and weights that are rounded to bfloat16.
+fn rounded([row_count, inputs, outputs]: [usize; 3]) {
+    let rows = random(row_count * inputs, 1);
+    let weights = random(inputs * outputs, 2);
+    let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+    let packed = PackedMatrix::rounded(&bytes, Element::F32, Order::OutputMajor, inputs, outputs);
+    let mut output = vec![0.0f32; row_count * outputs];
+    let flops = 2.0 * (row_count * inputs * outputs) as f64;
+    let rounds = ((FLOPS / flops) as usize).clamp(5, 60);
+    let mut times = vec![Vec::new(); sets().count()];
+    for _ in 0..rounds {
+        for (set, times) in sets().zip(&mut times) {
+            times.push(seconds(|| multiply_with(set, &rows, &packed, &mut output)));
+        }
+    }
+    let rates = times.iter().map(|times| {
+        let [clock, processor] = median(times).map(|seconds| flops / seconds / 1e9);
+        format!(" {processor:.1} | {clock:.1} |")
+    });
+    println!("| {row_count} x {inputs} x {outputs} |{}", rates.collect::<String>());
+}
+
+fn exact(shape: [usize; 3]) {
+    let [row_count, inputs, outputs] = shape;
+    let rows = random(row_count * inputs, 1);
+    let weights = random(inputs * outputs, 2);
+    let narrow: Vec<f32> = weights.iter().map(|weight| f32::from_bits(weight.to_bits() & 0xffff_0000)).collect();
+    let pack = |values: &[f32]| PackedMatrix::pack_f32(values, Order::OutputMajor, inputs, outputs);
+    let (wide, narrow) = (pack(&weights), pack(&narrow));
+    assert!(narrow.is_bf16() && !wide.is_bf16());
+    let mut output = vec![0.0f32; row_count * outputs];
+    let flops = 2.0 * (row_count * inputs * outputs) as f64;
+    let rounds = ((FLOPS / flops) as usize).clamp(5, 60);
+    let avx2 = Instructions::available().get(1).copied();
+    let mut times: [Vec<[f64; 2]>; 4] = Default::default();
+    for _ in 0..rounds {
+        times[0].push(seconds(|| gemm_product(&rows, &weights, &mut output, shape)));
+        times[1].push(seconds(|| multiply(&rows, &wide, &mut output)));
+        times[2].push(seconds(|| multiply(&rows, &narrow, &mut output)));
+        if let Some(avx2) = avx2 {
+            times[3].push(seconds(|| multiply_with(avx2, &rows, &wide, &mut output)));
+        }
+    }
+    let [gemm, wide, narrow_time, avx2] = times.map(|times| median(&times));
+    let rate = |seconds: f64| flops / seconds / 1e9;
+    println!(
+        "| {row_count} x {inputs} x {outputs} | {:.1} | {:.1} | {:.2} | {:.1} | {:.2} | {:.1} | {:.1} | {:.1} | {:.2} | {:.2} |",
+        rate(gemm[1]),
+        rate(wide[1]),
+        gemm[1] / wide[1],
+        rate(narrow_time[1]),
+        wide[1] / narrow_time[1],
+        rate(avx2[1]),
+        narrow.bytes() as f64 / narrow_time[0] / 1e9,
+        rate(gemm[0]),
+        gemm[0] / wide[0],
+        wide[0] / narrow_time[0],
+    );
 }

@@ -1,6 +1,7 @@
 //! One matrix product per group of rows: each expert multiplies only the tokens that chose it.
 
 use burn::tensor::Tensor;
+use rayon::prelude::*;
 use std::sync::Arc;
 
 use crate::{
@@ -38,14 +39,28 @@ struct GroupedMatmul {
     offsets: Arc<Vec<usize>>,
 }
 
+/// Rows of a group that are multiplied at once: enough to pay for packing a matrix, few enough that a large group is many
+/// tasks. Fixed, so that no sum depends on how many threads there are.
+const ROW_BLOCK: usize = 256;
+
 impl GroupedMatmul {
-    /// Calls `body` with each group that has rows: its number, first row and row count.
-    fn each(&self, mut body: impl FnMut(usize, usize, usize)) {
+    /// Calls `body` for blocks of the rows of each group, in parallel: the group, the block's first row, how many rows it
+    /// has, and its rows of `output`, which are `width` wide.
+    fn each_block(&self, output: &mut [f32], width: usize, body: impl Fn(usize, usize, usize, &mut [f32]) + Sync) {
+        let mut rest = output;
+        let mut blocks = vec![];
         for (group, bounds) in self.offsets.windows(2).enumerate() {
-            if bounds[0] < bounds[1] {
-                body(group, bounds[0], bounds[1] - bounds[0]);
+            let rows = bounds[1] - bounds[0];
+            // Blocks of nearly equal height.
+            let height = rows.div_ceil(rows.div_ceil(ROW_BLOCK).max(1)).max(1);
+            for first in (bounds[0]..bounds[1]).step_by(height) {
+                let count = height.min(bounds[1] - first);
+                let (rows, after) = rest.split_at_mut(count * width);
+                blocks.push((group, first, count, rows));
+                rest = after;
             }
         }
+        blocks.into_par_iter().for_each(|(group, first, count, rows)| body(group, first, count, rows));
     }
 }
 
@@ -54,10 +69,10 @@ impl HostOp for GroupedMatmul {
         let (x, weights) = (inputs[0], inputs[1]);
         let (rows, inner, outer) = (x.shape[0], weights.shape[1], weights.shape[2]);
         let mut output = vec![0.0; rows * outer];
-        self.each(|group, first, count| {
+        self.each_block(&mut output, outer, |group, first, count, output| {
             let x = View::rows(&x.data[first * inner..], count, inner, inner);
             let weight = View::rows(&weights.data[group * inner * outer..], inner, outer, outer);
-            multiply(&mut output[first * outer..][..count * outer], outer, false, 1.0, x, weight, true);
+            multiply(output, outer, false, 1.0, x, weight, false);
         });
         Forward { shape: vec![rows, outer], data: output, saved: vec![] }
     }
@@ -67,20 +82,27 @@ impl HostOp for GroupedMatmul {
         let (inner, outer) = (weights.shape[1], weights.shape[2]);
         let x_grad = needed[0].then(|| {
             let mut x_grad = vec![0.0; x.data.len()];
-            self.each(|group, first, count| {
+            self.each_block(&mut x_grad, inner, |group, first, count, x_grad| {
                 let grad = View::rows(&grad[first * outer..], count, outer, outer);
                 let weight = View::rows(&weights.data[group * inner * outer..], inner, outer, outer).transposed();
-                multiply(&mut x_grad[first * inner..][..count * inner], inner, false, 1.0, grad, weight, true);
+                multiply(x_grad, inner, false, 1.0, grad, weight, false);
             });
             x_grad
         });
         let weight_grad = needed[1].then(|| {
             let mut weight_grad = vec![0.0; weights.data.len()];
-            self.each(|group, first, count| {
+            // Blocks of the rows of each matrix, the inputs; groups without rows keep their zeros.
+            let height = inner.min(ROW_BLOCK);
+            weight_grad.par_chunks_mut(inner * outer).enumerate().for_each(|(group, weight_grad)| {
+                let (first, count) = (self.offsets[group], self.offsets[group + 1] - self.offsets[group]);
+                if count == 0 {
+                    return;
+                }
                 let grad = View::rows(&grad[first * outer..], count, outer, outer);
-                let x = View::rows(&x.data[first * inner..], count, inner, inner).transposed();
-                let into = &mut weight_grad[group * inner * outer..][..inner * outer];
-                multiply(into, outer, false, 1.0, x, grad, true);
+                weight_grad.par_chunks_mut(height * outer).enumerate().for_each(|(block, into)| {
+                    let x = View::rows(&x.data[first * inner + block * height..], count, into.len() / outer, inner);
+                    multiply(into, outer, false, 1.0, x.transposed(), grad, false);
+                });
             });
             weight_grad
         });

@@ -1,7 +1,9 @@
 //! What the entries of one row of logits add up to at one temperature, block by block.
 //!
 //! One pass of exponentials over the row answers everything a selection asks afterwards: the whole sum, the sum without
-//! some ids (their blocks are added up again, nothing is subtracted), and where in the running sum a draw falls.
+//! some ids (their blocks are added up again, nothing is subtracted), and where in the running sum a draw falls. A block's
+//! entries are added up relative to its own largest, which takes nothing but the block to know: so whoever computes the
+//! logits can do it while they are in cache.
 
 use crate::vector_math::{exp, vectorised};
 
@@ -13,29 +15,85 @@ const LANES: usize = 16;
 /// left.
 const FAINT: f64 = 1e-26;
 
+/// Each block's largest entry, and what its entries add up to relative to that.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct BlockSums {
+    /// NaN is passed over; `-inf` where there is nothing else.
+    pub largest: Vec<f32>,
+    /// The sum of `exp((entry - largest) / temperature)`.
+    pub masses: Vec<f32>,
+}
+
+impl BlockSums {
+    pub fn new(row: &[f32], temperature: f32) -> Self {
+        let mut sums = BlockSums::default();
+        sums.append(row, temperature);
+        sums
+    }
+
+    /// Appends the blocks of some more entries. What was there before must have ended with a whole block.
+    pub fn append(&mut self, entries: &[f32], temperature: f32) {
+        let before = self.largest.len();
+        let blocks = before + entries.len().div_ceil(BLOCK);
+        self.largest.resize(blocks, f32::NEG_INFINITY);
+        self.masses.resize(blocks, 0.0);
+        let places = self.largest[before..].iter_mut().zip(&mut self.masses[before..]);
+        let inverse = 1.0 / temperature;
+        vectorised(
+            #[inline(always)]
+            || {
+                for (block, (largest, mass)) in entries.chunks(BLOCK).zip(places) {
+                    *largest = block_largest(block);
+                    *mass = block_mass(block, *largest, inverse);
+                }
+            },
+        );
+    }
+}
+
 /// The largest entry of each block; NaN is passed over.
 pub(crate) fn block_maxima(row: &[f32]) -> Vec<f32> {
     let mut maxima = vec![f32::NEG_INFINITY; row.len().div_ceil(BLOCK)];
     vectorised(
         #[inline(always)]
-        || {
-            let larger = |a: f32, b: f32| if b > a { b } else { a };
-            let (full, rest) = row.as_chunks::<BLOCK>();
-            for (block, largest) in full.iter().zip(&mut maxima) {
-                let mut lanes = [f32::NEG_INFINITY; LANES];
-                for chunk in block.as_chunks::<LANES>().0 {
-                    for lane in 0..LANES {
-                        lanes[lane] = larger(lanes[lane], chunk[lane]);
-                    }
-                }
-                *largest = join(lanes, larger);
-            }
-            if let (false, Some(largest)) = (rest.is_empty(), maxima.last_mut()) {
-                *largest = rest.iter().copied().fold(f32::NEG_INFINITY, larger);
-            }
-        },
+        || row.chunks(BLOCK).zip(&mut maxima).for_each(|(block, largest)| *largest = block_largest(block)),
     );
     maxima
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+#[inline(always)]
+fn block_largest(block: &[f32]) -> f32 {
+    let Ok(block) = <&[f32; BLOCK]>::try_from(block) else {
+        return block.iter().copied().fold(f32::NEG_INFINITY, larger);
+    };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in block.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            lanes[lane] = larger(lanes[lane], chunk[lane]);
+        }
+    }
+    join(lanes, larger)
+}
+
+#[inline(always)]
+fn block_mass(block: &[f32], largest: f32, inverse: f32) -> f32 {
+    // Where everything is infinitely small there is nothing to be relative to.
+    let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
+    let Ok(block) = <&[f32; BLOCK]>::try_from(block) else {
+        return block.iter().map(|&value| exp((value - shift) * inverse)).sum();
+    };
+    let mut lanes = [0.0f32; LANES];
+    for chunk in block.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            lanes[lane] += exp((chunk[lane] - shift) * inverse);
+        }
+    }
+    join(lanes, |a, b| a + b)
 }
 
 /// Halves the lanes until one is left: the same order whatever the width of the vectors.
@@ -61,26 +119,22 @@ pub(crate) struct RowMasses<'a> {
 }
 
 impl<'a> RowMasses<'a> {
-    /// `largest` is the largest entry of the row. A row with a NaN, or without a finite largest entry, has a total that
-    /// is not finite.
+    /// `largest` is the largest entry of the row, or of a longer one that it is a part of. A row with a NaN, or without a
+    /// finite largest entry, has a total that is not finite.
     pub(crate) fn new(row: &'a [f32], largest: f32, temperature: f32) -> Self {
+        Self::of_sums(row, BlockSums::new(row, temperature), largest, temperature)
+    }
+
+    /// The same, where the blocks are added up already.
+    pub(crate) fn of_sums(row: &'a [f32], sums: BlockSums, largest: f32, temperature: f32) -> Self {
+        let BlockSums { largest: maxima, masses: mut blocks } = sums;
         let inverse = 1.0 / temperature;
-        let mut blocks = vec![0.0f32; row.len().div_ceil(BLOCK)];
         vectorised(
             #[inline(always)]
             || {
-                let (full, rest) = row.as_chunks::<BLOCK>();
-                for (block, sum) in full.iter().zip(&mut blocks) {
-                    let mut lanes = [0.0f32; LANES];
-                    for chunk in block.as_chunks::<LANES>().0 {
-                        for lane in 0..LANES {
-                            lanes[lane] += exp((chunk[lane] - largest) * inverse);
-                        }
-                    }
-                    *sum = join(lanes, |a, b| a + b);
-                }
-                if let (false, Some(sum)) = (rest.is_empty(), blocks.last_mut()) {
-                    *sum = rest.iter().map(|&value| exp((value - largest) * inverse)).sum();
+                for (mass, &own) in blocks.iter_mut().zip(&maxima) {
+                    // A NaN stays one, and what is infinitely small is nothing.
+                    *mass *= if own == f32::NEG_INFINITY { 1.0 } else { exp((own - largest) * inverse) };
                 }
             },
         );

@@ -15,7 +15,8 @@ use rand_chacha::{
 use rayon::prelude::*;
 
 use crate::{
-    row_masses::{RowMasses, block_maxima},
+    packed_matmul::{Instructions, PANEL, PackedMatrix, Product, multiply_then},
+    row_masses::{BLOCK, BlockSums, RowMasses},
     top_k::{by_logit, largest_ids},
     vector_math::max,
 };
@@ -84,6 +85,52 @@ pub struct RowSummary {
 /// # Panics
 /// When there is no temperature, or the rule keeps nothing: `k` is not from 1 to V, another number is 0.
 pub fn select(logits: &[f32], vocab: usize, places: &[RowPlace], rule: Rule, temperatures: &[f32]) -> Vec<SelectedRow> {
+    check(rule, vocab, temperatures);
+    assert_eq!(logits.len(), vocab * places.len(), "a place for each row");
+    let of_row = |(row, place): (&[f32], &RowPlace)| {
+        select_row(row, BlockSums::new(row, temperatures[0]), place, rule, temperatures)
+    };
+    logits.par_chunks(vocab).zip(places).map(of_row).collect()
+}
+
+/// Summarises each row of `hidden` times the weights of a head: [`select`] of their products, in pieces of which each is
+/// added up while it is in cache. `room` is memory that is used again; its numbers are the logits afterwards.
+///
+/// # Shapes
+/// - `hidden` `[N, D]` row-major, `head` of D inputs and V outputs, `places` `[N]`
+///
+/// # Panics
+/// As [`select`], and when shapes do not fit.
+pub fn select_products(
+    hidden: &[f32],
+    head: &PackedMatrix,
+    places: &[RowPlace],
+    rule: Rule,
+    temperatures: &[f32],
+    room: &mut Vec<f32>,
+) -> Vec<SelectedRow> {
+    let vocab = head.outputs();
+    check(rule, vocab, temperatures);
+    room.resize(vocab * places.len(), 0.0);
+    const { assert!(PANEL <= BLOCK && BLOCK.is_multiple_of(PANEL)) };
+    let pieces = multiply_then(Instructions::best(), vec![Product::new(hidden, head, room)], |piece| {
+        let sums = piece.rows.iter().map(|row| BlockSums::new(row, temperatures[0])).collect::<Vec<_>>();
+        (piece.first_row, piece.first_column, sums)
+    });
+    let mut sums = vec![BlockSums::default(); places.len()];
+    for (first_row, first_column, piece) in pieces {
+        assert!(first_column.is_multiple_of(BLOCK), "pieces are cut between blocks");
+        for (all, part) in sums[first_row..].iter_mut().zip(piece) {
+            all.largest.extend(part.largest);
+            all.masses.extend(part.masses);
+        }
+    }
+    let of_row =
+        |((row, sums), place): ((&[f32], BlockSums), &RowPlace)| select_row(row, sums, place, rule, temperatures);
+    room.par_chunks(vocab).zip(sums).zip(places).map(of_row).collect()
+}
+
+fn check(rule: Rule, vocab: usize, temperatures: &[f32]) {
     let keeps = match rule {
         Rule::TopK { k } => k >= 1 && k <= vocab,
         Rule::MinProb { theta, cap } => theta > 0.0 && cap >= 1,
@@ -93,8 +140,6 @@ pub fn select(logits: &[f32], vocab: usize, places: &[RowPlace], rule: Rule, tem
     };
     assert!(keeps, "{rule:?} keeps nothing of {vocab} ids, or more than there are");
     assert!(!temperatures.is_empty(), "a temperature to choose ids at");
-    assert_eq!(logits.len(), vocab * places.len(), "a place for each row");
-    logits.par_chunks(vocab).zip(places).map(|(row, place)| select_row(row, place, rule, temperatures)).collect()
 }
 
 /// Kept ids, and where their weights come from.
@@ -112,10 +157,11 @@ enum Weights {
     Shares(Vec<f64>),
 }
 
-fn select_row(row: &[f32], place: &RowPlace, rule: Rule, temperatures: &[f32]) -> SelectedRow {
-    let maxima = block_maxima(row);
+/// `sums` are those of the row at the first temperature.
+fn select_row(row: &[f32], sums: BlockSums, place: &RowPlace, rule: Rule, temperatures: &[f32]) -> SelectedRow {
+    let maxima = sums.largest.clone();
     let largest = max(&maxima);
-    let first = RowMasses::new(row, largest, temperatures[0]);
+    let first = RowMasses::of_sums(row, sums, largest, temperatures[0]);
     if !first.total().is_finite() {
         let unknown = RowSummary { log_probs: vec![f32::NAN], log_tail: f32::NAN, label_log_prob: f32::NAN };
         return SelectedRow { ids: vec![0], summaries: vec![unknown; temperatures.len()], log_normalizer: f32::NAN };

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use limbeck_kernels::{
     attention::{Heads, KeyRanges},
-    packed_layer::{AttentionHalf, FeedForwardHalf, HeadNorm, Result, attend, feed_forward},
-    packed_matmul::{Element, Numbers, Order, PackedMatrix},
+    packed_layer::{AttentionHalf, FeedForwardHalf, HeadNorm, Result, attend_with, feed_forward_with},
+    packed_matmul::{Element, Instructions, Numbers, Order, PackedMatrix},
     rotary::{Pairing, RotaryTable},
 };
 
@@ -166,9 +166,9 @@ impl Block {
         FeedForwardHalf { norm: &self.norms[1], eps: EPS, gate, up, down }
     }
 
-    fn run(&self) -> Vec<f32> {
+    fn run(&self, instructions: Instructions) -> Vec<f32> {
         let mut hidden = self.hidden.clone();
-        attend(&mut hidden, &self.attention(), Some(&self.feed_forward()), Result::Added);
+        attend_with(instructions, &mut hidden, &self.attention(), Some(&self.feed_forward()), Result::Added);
         hidden
     }
 
@@ -298,7 +298,7 @@ fn a_block_is_no_further_from_f64_than_plain_loops_in_f32() {
     for (number, case) in cases().into_iter().enumerate() {
         let block = Block::new(case);
         let truth = block.defined(Arithmetic::F64);
-        let found = difference(&widened(&block.run()), &truth);
+        let found = difference(&widened(&block.run(Instructions::best())), &truth);
         let plain = difference(&block.defined(Arithmetic::F32), &truth);
         assert!(found < 1.5 * plain && plain < 2e-6, "case {number}: {found:e}, plain loops {plain:e}");
     }
@@ -309,19 +309,39 @@ fn a_block_in_bfloat16_is_as_far_from_f64_as_rounded_factors_alone_make_it() {
     for (number, case) in cases().into_iter().enumerate() {
         let block = Block::new(Case { numbers: Numbers::Bf16, ..case });
         let (truth, rounded) = (block.defined(Arithmetic::F64), block.defined(Arithmetic::ROUNDED));
-        let (apart, alone) = (difference(&widened(&block.run()), &truth), difference(&rounded, &truth));
-        assert!(apart < 1.01 * alone && alone < 3e-2, "case {number}: {apart:e}, rounding alone {alone:e}");
+        let alone = difference(&rounded, &truth);
+        for set in [Instructions::best(), Instructions::emulated_amx()] {
+            let apart = difference(&widened(&block.run(set)), &truth);
+            assert!(apart < 1.01 * alone && alone < 3e-2, "case {number}, {set}: {apart:e}, rounding alone {alone:e}");
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_without_amx_give_equal_bits() {
+    for numbers in [Numbers::F32, Numbers::Bf16] {
+        for case in cases() {
+            let block = Block::new(Case { numbers, ..case });
+            let run = |set: Instructions| block.run(set).into_iter().map(f32::to_bits).collect::<Vec<u32>>();
+            let (with, without): (Vec<_>, Vec<_>) =
+                Instructions::available().iter().copied().partition(|set| set.sums_by_amx());
+            let first = run(without[0]);
+            without[1..].iter().for_each(|&set| assert!(run(set) == first, "{set}"));
+            let emulated = run(Instructions::emulated_amx());
+            with.iter().for_each(|&set| assert!(run(set) == emulated, "{set}"));
+        }
     }
 }
 
 #[test]
 fn halves_give_the_same_bits_apart_and_together_on_any_number_of_threads_and_in_any_batch() {
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
-    for numbers in [Numbers::F32, Numbers::Bf16] {
+    let (best, amx) = (Instructions::best(), Instructions::emulated_amx());
+    for (numbers, set) in [(Numbers::F32, best), (Numbers::Bf16, best), (Numbers::Bf16, amx)] {
         for case in cases() {
             let block = Block::new(Case { numbers, ..case });
             let on = |threads: usize| {
-                rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| block.run())
+                rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| block.run(set))
             };
             let whole = bits(&on(1));
             // With many threads each has few rows, and shares columns instead.
@@ -333,8 +353,8 @@ fn halves_give_the_same_bits_apart_and_together_on_any_number_of_threads_and_in_
             for half in 0..2 {
                 let mut update = apart.clone();
                 match half {
-                    0 => attend(&mut update, &attention, None, Result::Instead),
-                    _ => feed_forward(&mut update, &then, Result::Instead),
+                    0 => attend_with(set, &mut update, &attention, None, Result::Instead),
+                    _ => feed_forward_with(set, &mut update, &then, Result::Instead),
                 }
                 apart.iter_mut().zip(update).for_each(|(place, update)| *place += update);
             }
@@ -346,7 +366,13 @@ fn halves_give_the_same_bits_apart_and_together_on_any_number_of_threads_and_in_
                     first_key: Arc::new(block.ranges.first_key[..case.length].to_vec()),
                     sequence_len: case.length,
                 };
-                attend(&mut first, &AttentionHalf { ranges: &ranges, ..attention }, Some(&then), Result::Added);
+                attend_with(
+                    set,
+                    &mut first,
+                    &AttentionHalf { ranges: &ranges, ..attention },
+                    Some(&then),
+                    Result::Added,
+                );
                 assert!(bits(&first) == whole[..first.len()], "one sequence");
             }
         }
@@ -355,11 +381,17 @@ fn halves_give_the_same_bits_apart_and_together_on_any_number_of_threads_and_in_
 
 #[test]
 fn what_is_not_finite_is_seen() {
-    let mut block = Block::new(PLAIN);
-    block.hidden[3 * HIDDEN + 1] = f32::NAN;
-    let found = block.run();
-    for row in found[3 * HIDDEN..PLAIN.length * HIDDEN].chunks(HIDDEN) {
-        assert!(row.iter().all(|value| value.is_nan()), "it and later ones do");
+    for (numbers, set) in [
+        (Numbers::F32, Instructions::best()),
+        (Numbers::Bf16, Instructions::best()),
+        (Numbers::Bf16, Instructions::emulated_amx()),
+    ] {
+        let mut block = Block::new(Case { numbers, ..PLAIN });
+        block.hidden[3 * HIDDEN + 1] = f32::NAN;
+        let found = block.run(set);
+        for row in found[3 * HIDDEN..PLAIN.length * HIDDEN].chunks(HIDDEN) {
+            assert!(row.iter().all(|value| value.is_nan()), "{set}: it and later ones do");
+        }
+        assert!(found[PLAIN.length * HIDDEN..].iter().all(|value| value.is_finite()), "{set}: other sequences do not");
     }
-    assert!(found[PLAIN.length * HIDDEN..].iter().all(|value| value.is_finite()), "other sequences do not");
 }

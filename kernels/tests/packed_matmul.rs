@@ -47,21 +47,43 @@ fn on_threads<R: Send>(count: usize, body: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(count).build().unwrap().install(body)
 }
 
-/// How an element is defined where rows and weights are rounded: chains over pairs, the second of a pair first.
-fn defined_rounded(rows: &[f32], weights: &[f32], inputs: usize) -> Vec<f32> {
-    let round = |values: &[f32]| -> Vec<f32> { values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect() };
-    let block = |row: &[f32], weight: &[f32]| {
-        row.chunks(2).zip(weight.chunks(2)).fold(0.0f32, |sum, (x, w)| {
-            let sum = x.get(1).map_or(sum, |second| second.mul_add(w[1], sum));
-            x[0].mul_add(w[0], sum)
-        })
-    };
+fn round(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|&v| bf16::from_f32(v).to_f32()).collect()
+}
+
+/// How an element is defined where rows and weights are rounded: blocks, added up in their order.
+fn defined_rounded(instructions: Instructions, rows: &[f32], weights: &[f32], inputs: usize) -> Vec<f32> {
+    let block = if instructions.sums_by_amx() { block_by_amx } else { block_of_pairs };
     let element = |row: &[f32], weight: &[f32]| {
-        let (row, weight) = (round(row), round(weight));
         let sums = row.chunks(2 * K_BLOCK).zip(weight.chunks(2 * K_BLOCK)).map(|(row, weight)| block(row, weight));
         sums.reduce(|all, block| all + block).unwrap()
     };
+    let (rows, weights) = (round(rows), round(weights));
     rows.chunks(inputs).flat_map(|row| weights.chunks(inputs).map(move |weight| element(row, weight))).collect()
+}
+
+/// A chain over pairs, the second of a pair first.
+fn block_of_pairs(row: &[f32], weight: &[f32]) -> f32 {
+    row.chunks(2).zip(weight.chunks(2)).fold(0.0f32, |sum, (x, w)| {
+        let sum = x.get(1).map_or(sum, |second| second.mul_add(w[1], sum));
+        x[0].mul_add(w[0], sum)
+    })
+}
+
+/// Of 16 pairs at a time, a chain of the firsts and one of the seconds.
+fn block_by_amx(row: &[f32], weight: &[f32]) -> f32 {
+    row.chunks(32).zip(weight.chunks(32)).fold(0.0f32, |sum, (row, weight)| {
+        let chain = |which: usize| {
+            let factors = row.iter().zip(weight).skip(which).step_by(2);
+            factors.fold(0.0f32, |sum, (x, w)| x.mul_add(*w, sum))
+        };
+        sum + (chain(0) + chain(1))
+    })
+}
+
+/// Instruction sets of this processor, and AMX whether it has it or not.
+fn all_instructions() -> impl Iterator<Item = Instructions> {
+    Instructions::available().iter().copied().chain([Instructions::emulated_amx()])
 }
 
 proptest! {
@@ -101,17 +123,29 @@ proptest! {
         let bytes: &[u8] = bytemuck::cast_slice(&weights);
         let packed = PackedMatrix::rounded(bytes, Element::F32, Order::OutputMajor, inputs, outputs);
         prop_assert!(packed.is_bf16());
-        let wanted = defined_rounded(&values, &weights, inputs);
-        for &instructions in Instructions::available() {
+        let rounded = (round(&values), round(&weights));
+        for instructions in all_instructions() {
             let found = product(instructions, &values, &packed);
-            prop_assert_eq!(bits(&found), bits(&wanted), "{:?}", instructions);
-        }
-        // Two roundings to eight bits of each term.
-        for (row, found) in values.chunks(inputs).zip(wanted.chunks(outputs)) {
-            for (weight, &found) in weights.chunks(inputs).zip(found) {
-                let terms = || row.iter().zip(weight).map(|(&x, &w)| f64::from(x) * f64::from(w));
-                let (truth, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
-                prop_assert!((f64::from(found) - truth).abs() <= 0.0079 * size, "{} instead of {}", found, truth);
+            let wanted = defined_rounded(instructions, &values, &weights, inputs);
+            prop_assert_eq!(bits(&found), bits(&wanted), "{}", instructions);
+            // As many roundings as a product passes through: its chain, where two chains meet, the chain of those.
+            let blocks = inputs.div_ceil(2 * K_BLOCK);
+            let roundings = if instructions.sums_by_amx() { 16 + 1 + 16 + blocks } else { 2 * K_BLOCK + blocks };
+            let rows = values.chunks(inputs).zip(rounded.0.chunks(inputs));
+            for ((row, rounded_row), found) in rows.zip(found.chunks(outputs)) {
+                let columns = weights.chunks(inputs).zip(rounded.1.chunks(inputs));
+                for ((weight, rounded_weight), &found) in columns.zip(found) {
+                    let sums = |row: &[f32], weight: &[f32]| -> (f64, f64) {
+                        let terms = || row.iter().zip(weight).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                        (terms().sum(), terms().map(f64::abs).sum())
+                    };
+                    let (truth, size) = sums(rounded_row, rounded_weight);
+                    let bound = 1.001 * roundings as f64 * 2f64.powi(-24) * size;
+                    prop_assert!((f64::from(found) - truth).abs() <= bound, "{} instead of {}", found, truth);
+                    // Two roundings to eight bits of each term.
+                    let (truth, size) = sums(row, weight);
+                    prop_assert!((f64::from(found) - truth).abs() <= 0.0079 * size, "{} instead of {}", found, truth);
+                }
             }
         }
     }
@@ -149,31 +183,47 @@ proptest! {
 fn a_row_has_the_same_bits_alone_among_others_and_on_any_number_of_threads() {
     let (row_count, inputs, outputs) = (300, 700, 330);
     let values = random(row_count * inputs, 3);
-    for element in [Element::F32, Element::Bf16] {
+    let (exact, rounded) = (Instructions::best(), all_instructions());
+    let kinds = [(Element::F32, exact), (Element::Bf16, exact)].map(|(element, set)| (element, Numbers::F32, set));
+    for (element, numbers, set) in kinds.into_iter().chain(rounded.map(|set| (Element::F32, Numbers::Bf16, set))) {
         let mut weights = random(inputs * outputs, 4);
         if element == Element::Bf16 {
-            weights.iter_mut().for_each(|weight| *weight = bf16::from_f32(*weight).to_f32());
+            weights = round(&weights);
         }
-        let packed = PackedMatrix::pack_f32(&weights, Order::OutputMajor, inputs, outputs);
-        let whole = on_threads(1, || product(Instructions::best(), &values, &packed));
+        let pack = |weights: &[f32]| {
+            let (bytes, outputs) = (bytemuck::cast_slice(weights), weights.len() / inputs);
+            PackedMatrix::pack_into(None, bytes, Element::F32, Order::OutputMajor, inputs, outputs, numbers)
+        };
+        let packed = pack(&weights);
+        let whole = on_threads(1, || product(set, &values, &packed));
         for threads in [2, 3] {
-            let again = on_threads(threads, || product(Instructions::best(), &values, &packed));
-            assert_eq!(bits(&again), bits(&whole), "{threads} threads");
+            let again = on_threads(threads, || product(set, &values, &packed));
+            assert_eq!(bits(&again), bits(&whole), "{set}, {threads} threads");
         }
-        for count in [1, 2, 7, 13, 14, 15, 29, 112, 113] {
+        for count in [1, 2, 7, 13, 14, 15, 16, 17, 29, 32, 33, 112, 113] {
             let first = row_count - count;
-            let some = product(Instructions::best(), &values[first * inputs..], &packed);
-            assert_eq!(bits(&some), bits(&whole[first * outputs..]), "the last {count} rows");
+            let some = product(set, &values[first * inputs..], &packed);
+            assert_eq!(bits(&some), bits(&whole[first * outputs..]), "{set}, the last {count} rows");
         }
         // A head in blocks of the vocabulary.
         for (first, last) in [(0, 100), (100, 101), (101, outputs)] {
-            let block = &weights[first * inputs..last * inputs];
-            let block = PackedMatrix::pack_f32(block, Order::OutputMajor, inputs, last - first);
-            let some = product(Instructions::best(), &values, &block);
+            let some = product(set, &values, &pack(&weights[first * inputs..last * inputs]));
             for (some, whole) in some.chunks(last - first).zip(whole.chunks(outputs)) {
-                assert_eq!(bits(some), bits(&whole[first..last]), "columns {first} to {last}");
+                assert_eq!(bits(some), bits(&whole[first..last]), "{set}, columns {first} to {last}");
             }
         }
+    }
+}
+
+#[test]
+fn instruction_sets_have_names_and_the_best_is_one_of_this_processor() {
+    let sets = Instructions::available();
+    assert!(sets.contains(&Instructions::best()), "{} is not among {sets:?}", Instructions::best());
+    let names: std::collections::BTreeSet<String> = all_instructions().map(|set| set.to_string()).collect();
+    assert_eq!(names.len(), sets.len() + 1);
+    assert_eq!(Instructions::amx().is_ok(), sets.iter().any(|set| set.sums_by_amx()), "{:?}", Instructions::amx());
+    if let Err(why) = Instructions::amx() {
+        eprintln!("the processor's AMX is not tested ({why}): the emulation is");
     }
 }
 

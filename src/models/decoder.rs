@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
-use limbeck_kernels::rms_norm::rms_norm;
+use limbeck_kernels::{packed_matmul::{Instructions, PackedMatrix}, rms_norm::rms_norm};
 
 use super::{
     attention::Attention,
@@ -140,6 +140,10 @@ impl Decoder {
     /// Loads all weights to be run and never trained. On the processor they are packed: what a sequence comes to does
     /// then not depend on those it is run with, and weights that bfloat16 holds exactly take two bytes.
     pub fn load_for_inference(config: DecoderConfig, source: &dyn WeightSource, device: &Device) -> Result<Self> {
+        tracing::debug!("packed matrices are multiplied by {}", Instructions::best());
+        if let Err(why) = Instructions::amx() {
+            tracing::debug!("bfloat16 is not multiplied by AMX: {why}");
+        }
         Self::load_as(config, Weights::for_inference(source, device))
     }
 
@@ -175,6 +179,11 @@ impl Decoder {
 
     fn head(&self) -> &Linear {
         self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The head's weights, where they are packed.
+    pub fn packed_head(&self) -> Option<&PackedMatrix> {
+        self.head().packed()
     }
 
     /// The head's weights; a copy of them when they are packed.

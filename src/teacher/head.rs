@@ -1,6 +1,8 @@
 //! From hidden states to targets, a few rows at a time: a row of logits is as wide as the vocabulary, so all of them are
 //! never held.
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::tensor::Tensor;
 
 use super::{predictions::Predictions, resident::HEAD_ROWS};
@@ -14,13 +16,16 @@ use crate::{
 /// What is kept of the predictions that follow from hidden states.
 pub struct HeadTargets {
     predictions: Predictions,
+    /// For logits, kept from one batch to the next: new pages cost a system as much time as filling them.
+    room: Mutex<Vec<f32>>,
 }
 
 impl HeadTargets {
     /// # Errors
     /// When the selection is none for the vocabulary, or there is no temperature.
     pub fn new(selection: Selection, temperatures: &[f32], vocab_size: usize) -> Result<Self> {
-        Ok(HeadTargets { predictions: Predictions::new(selection, temperatures, vocab_size)? })
+        let predictions = Predictions::new(selection, temperatures, vocab_size)?;
+        Ok(HeadTargets { predictions, room: Mutex::default() })
     }
 
     /// Keeps something else from now on.
@@ -57,9 +62,15 @@ impl HeadTargets {
         let mut all = self.predictions.none();
         for first in (0..rows.len()).step_by(HEAD_ROWS) {
             let count = HEAD_ROWS.min(rows.len() - first);
-            let logits = model.logits(hidden.clone().narrow(0, first, count));
-            let logits = logits.into_data().try_into_vec::<f32>().expect("logits are f32");
-            self.predictions.append(&logits, &rows[first..first + count], &mut all)?;
+            let (hidden, rows) = (hidden.clone().narrow(0, first, count), &rows[first..first + count]);
+            let numbers = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().expect("models compute in f32");
+            match model.packed_head() {
+                Some(head) => {
+                    let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+                    self.predictions.append_products(&numbers(hidden), head, rows, &mut room, &mut all)?;
+                }
+                None => self.predictions.append(&numbers(model.logits(hidden)), rows, &mut all)?,
+            }
         }
         Ok((0..batch.sequences.len()).map(|number| all.slice(number * length, (number + 1) * length)).collect())
     }

@@ -1,6 +1,9 @@
 //! What is kept of a teacher's logits: rows of them become rows of [`SparseTargets`]. Knows nothing of models.
 
-use limbeck_kernels::selection::{RowPlace, Rule, SelectedRow, select};
+use limbeck_kernels::{
+    packed_matmul::PackedMatrix,
+    selection::{RowPlace, Rule, SelectedRow, select, select_products},
+};
 
 use crate::{
     error::{Error, Result},
@@ -97,6 +100,27 @@ impl Predictions {
     pub(super) fn append(&self, logits: &[f32], rows: &[Row], targets: &mut SparseTargets) -> Result<()> {
         let places: Vec<RowPlace> = rows.iter().map(|row| row.place).collect();
         let kept = select(logits, self.vocab, &places, self.rule(), &self.temperatures);
+        self.append_selected(kept, rows, targets)
+    }
+
+    /// Appends what is kept of the products of some rows with a head that is packed, as [`append`](Self::append) would of
+    /// their logits. `room` is memory that is used again.
+    ///
+    /// # Shapes
+    /// - `hidden` `[rows, hidden]` row-major
+    ///
+    /// # Errors
+    /// When a prediction is not finite.
+    pub(super) fn append_products(
+        &self,
+        hidden: &[f32],
+        head: &PackedMatrix,
+        rows: &[Row],
+        room: &mut Vec<f32>,
+        targets: &mut SparseTargets,
+    ) -> Result<()> {
+        let places: Vec<RowPlace> = rows.iter().map(|row| row.place).collect();
+        let kept = select_products(hidden, head, &places, self.rule(), &self.temperatures, room);
         self.append_selected(kept, rows, targets)
     }
 

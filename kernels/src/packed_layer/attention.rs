@@ -9,7 +9,8 @@ use super::{
 use crate::{
     attention::{Heads, KeyRanges},
     packed_matmul::{
-        Instructions, Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Numbers, PANEL, PackedMatrix, Panel, multiply, product,
+        Instructions, Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Numbers, PANEL, PackedMatrix, Panel, multiply_with,
+        product,
     },
     rms_norm::norm_row,
     rotary::RotaryTable,
@@ -61,7 +62,7 @@ impl AttentionHalf<'_> {
     }
 
     /// Queries and keys as they meet, and values.
-    pub(super) fn project(&self, hidden: &[f32]) -> Projected {
+    pub(super) fn project(&self, instructions: Instructions, hidden: &[f32]) -> Projected {
         let inputs = self.query.inputs();
         let (rows, width) = (hidden.len() / inputs, self.widths().iter().sum());
         let mut values = vec![0.0; rows * width];
@@ -70,8 +71,7 @@ impl AttentionHalf<'_> {
             Some(count) => {
                 let pieces = values.par_chunks_mut(count * width).zip(hidden.par_chunks(count * inputs)).enumerate();
                 pieces.for_each(|(number, (values, hidden))| {
-                    with_workspace(|workspace| {
-                        let instructions = Instructions::best();
+                    with_workspace(instructions, |workspace| {
                         norm_into(instructions, hidden, self.norm, self.eps, self.query.numbers(), workspace);
                         let (mut before, mut sums) = (0, NO_SUMS);
                         for matrix in matrices {
@@ -100,7 +100,7 @@ impl AttentionHalf<'_> {
                 for matrix in matrices {
                     let outputs = matrix.outputs();
                     let mut part = vec![0.0; rows * outputs];
-                    multiply(&normed, matrix, &mut part);
+                    multiply_with(instructions, &normed, matrix, &mut part);
                     for (values, part) in values.chunks_mut(width).zip(part.chunks(outputs)) {
                         values[before..][..outputs].copy_from_slice(part);
                     }
@@ -155,7 +155,14 @@ impl AttentionHalf<'_> {
     ///
     /// # Shapes
     /// - `mixed` `[tokens, query_heads * head_dim]`
-    pub(super) fn mix(&self, projected: &Projected, first: usize, mixed: &mut [f32], workspace: &mut Workspace) {
+    pub(super) fn mix(
+        &self,
+        instructions: Instructions,
+        projected: &Projected,
+        first: usize,
+        mixed: &mut [f32],
+        workspace: &mut Workspace,
+    ) {
         let width = self.output.inputs();
         let length = self.ranges.sequence_len;
         let (mut token, mut rest) = (first, mixed);
@@ -165,8 +172,8 @@ impl AttentionHalf<'_> {
             let (part, after) = rest.split_at_mut(count * width);
             for key_head in 0..self.heads.key_heads {
                 match self.query.numbers() {
-                    Numbers::F32 => self.mix_head::<false>(projected, token, part, key_head, workspace),
-                    Numbers::Bf16 => self.mix_head::<true>(projected, token, part, key_head, workspace),
+                    Numbers::F32 => self.mix_head::<false>(instructions, projected, token, part, key_head, workspace),
+                    Numbers::Bf16 => self.mix_head::<true>(instructions, projected, token, part, key_head, workspace),
                 }
             }
             (token, rest) = (token + count, after);
@@ -176,17 +183,18 @@ impl AttentionHalf<'_> {
     /// The queries of some tokens of one sequence that share a head of keys.
     fn mix_head<const BF16: bool>(
         &self,
+        instructions: Instructions,
         projected: &Projected,
         first: usize,
         mixed: &mut [f32],
         key_head: usize,
         workspace: &mut Workspace,
     ) {
-        let instructions = Instructions::best();
         let Heads { query_heads, key_heads, head_dim } = self.heads;
         let (group, mixed_width) = (query_heads / key_heads, query_heads * head_dim);
         let count = mixed.len() / mixed_width;
         let numbers = if BF16 { Numbers::Bf16 } else { Numbers::F32 };
+        let form = instructions.row_form(numbers);
         let sequence = first / self.ranges.sequence_len * self.ranges.sequence_len;
         let end = first + count;
         let first_key = |token: usize| self.ranges.first_key[token] as usize;
@@ -194,7 +202,7 @@ impl AttentionHalf<'_> {
         let scale = (head_dim as f32).sqrt().recip();
 
         // All queries of the group, member after member, whose tiles do not cross members.
-        let tile_height = count.div_ceil(count.div_ceil(instructions.tile_rows()));
+        let tile_height = instructions.tile_height(count, numbers);
         let tiles = count.div_ceil(tile_height);
         weighted.clear();
         weighted.resize(group * count * head_dim, 0.0);
@@ -263,8 +271,9 @@ impl AttentionHalf<'_> {
                         for row in 0..tile_count {
                             for (block, part) in scores.iter().take(used.div_ceil(K)).enumerate() {
                                 let columns = (used - block * K).min(K).next_multiple_of(2);
-                                numbers.write(&part[row][..columns], &mut rounded[0][row][block * K / 2..]);
+                                form.write(&part[row][..columns], &mut rounded[0][row][form.place(block * K)..]);
                             }
+                            form.end(used, &mut rounded[0][row]);
                         }
                         rounded
                     } else {
@@ -275,7 +284,7 @@ impl AttentionHalf<'_> {
                         product(
                             instructions,
                             tile_count,
-                            weights,
+                            weights.iter().map(|tile| &tile[..]),
                             panels.values(column / PANEL, used, numbers),
                             &mut sums,
                         );

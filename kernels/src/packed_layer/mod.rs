@@ -3,7 +3,8 @@
 //!
 //! A row's bits depend on its sequence alone: products are those of [`packed_matmul`](crate::packed_matmul), attention's
 //! among them, and how rows are dealt out to threads decides who computes an element, but not how. So a half gives the
-//! same numbers alone and with the other one, in any batch, on any number of threads and with any instruction set.
+//! same numbers alone and with the other one, in any batch, on any number of threads and with any instruction set (in
+//! bfloat16: with any but AMX, or with AMX).
 
 mod attention;
 mod workspace;
@@ -14,7 +15,7 @@ pub use attention::{AttentionHalf, HeadNorm};
 use workspace::{Workspace, with_workspace};
 
 use crate::{
-    packed_matmul::{Instructions, Numbers, PANEL, PackedMatrix, multiply},
+    packed_matmul::{Instructions, Numbers, PANEL, PackedMatrix, multiply_with},
     rms_norm::norm_row,
     vector_math::{exp, vectorised},
 };
@@ -63,33 +64,48 @@ fn rows_at_once(rows: usize) -> Option<usize> {
 /// # Panics
 /// When shapes do not fit each other.
 pub fn attend(hidden: &mut [f32], attention: &AttentionHalf<'_>, then: Option<&FeedForwardHalf<'_>>, result: Result) {
+    attend_with(Instructions::best(), hidden, attention, then, result);
+}
+
+/// [`attend`] by a given instruction set.
+///
+/// # Panics
+/// As [`attend`].
+pub fn attend_with(
+    instructions: Instructions,
+    hidden: &mut [f32],
+    attention: &AttentionHalf<'_>,
+    then: Option<&FeedForwardHalf<'_>>,
+    result: Result,
+) {
     let width = attention.query.inputs();
     let rows = hidden.len() / width;
     assert_eq!(hidden.len(), rows * width, "whole rows");
-    let projected = attention.project(hidden);
+    let projected = attention.project(instructions, hidden);
     let Some(count) = rows_at_once(rows) else {
         let block = MOST_ROWS.min(rows.div_ceil(rayon::current_num_threads()).max(1));
         let mixed_width = attention.output.inputs();
         let mut mixed = vec![0.0; rows * mixed_width];
         mixed.par_chunks_mut(block * mixed_width).enumerate().for_each(|(number, mixed)| {
-            with_workspace(|workspace| attention.mix(&projected, number * block, mixed, workspace));
+            with_workspace(instructions, |workspace| {
+                attention.mix(instructions, &projected, number * block, mixed, workspace);
+            });
         });
         let mut update = vec![0.0; rows * width];
-        multiply(&mixed, attention.output, &mut update);
+        multiply_with(instructions, &mixed, attention.output, &mut update);
         finish(hidden, &update, result);
         if let Some(then) = then {
-            feed_forward(hidden, then, result);
+            feed_forward_with(instructions, hidden, then, result);
         }
         return;
     };
     hidden.par_chunks_mut(count * width).enumerate().for_each(|(number, hidden)| {
-        with_workspace(|workspace| {
+        with_workspace(instructions, |workspace| {
             let rows = hidden.len() / width;
             let mut mixed = std::mem::take(&mut workspace.mixed);
             let mixed_width = attention.output.inputs();
             mixed.resize(rows * mixed_width, 0.0);
-            attention.mix(&projected, number * count, &mut mixed, workspace);
-            let instructions = Instructions::best();
+            attention.mix(instructions, &projected, number * count, &mut mixed, workspace);
             workspace.rows.resize(instructions, attention.output.numbers(), rows, mixed_width);
             for (row, values) in mixed.chunks(mixed_width).enumerate() {
                 workspace.rows.write_row(row, values);
@@ -111,23 +127,31 @@ pub fn attend(hidden: &mut [f32], attention: &AttentionHalf<'_>, then: Option<&F
 /// # Panics
 /// When shapes do not fit each other.
 pub fn feed_forward(hidden: &mut [f32], half: &FeedForwardHalf<'_>, result: Result) {
+    feed_forward_with(Instructions::best(), hidden, half, result);
+}
+
+/// [`feed_forward`] by a given instruction set.
+///
+/// # Panics
+/// As [`feed_forward`].
+pub fn feed_forward_with(instructions: Instructions, hidden: &mut [f32], half: &FeedForwardHalf<'_>, result: Result) {
     let width = half.gate.inputs();
     let rows = hidden.len() / width;
     assert_eq!(hidden.len(), rows * width, "whole rows");
     if let Some(count) = rows_at_once(rows) {
         hidden.par_chunks_mut(count * width).for_each(|hidden| {
-            with_workspace(|workspace| feed_forward_rows(Instructions::best(), hidden, half, result, workspace));
+            with_workspace(instructions, |workspace| feed_forward_rows(instructions, hidden, half, result, workspace));
         });
         return;
     }
     let normed = normed(hidden, half.norm, half.eps);
     let inner_width = half.gate.outputs();
     let (mut gate, mut up) = (vec![0.0; rows * inner_width], vec![0.0; rows * inner_width]);
-    multiply(&normed, half.gate, &mut gate);
-    multiply(&normed, half.up, &mut up);
+    multiply_with(instructions, &normed, half.gate, &mut gate);
+    multiply_with(instructions, &normed, half.up, &mut up);
     gate_into(&mut gate, &up);
     let mut update = normed;
-    multiply(&gate, half.down, &mut update);
+    multiply_with(instructions, &gate, half.down, &mut update);
     finish(hidden, &update, result);
 }
 

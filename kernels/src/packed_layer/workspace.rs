@@ -3,7 +3,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::packed_matmul::{Line, RowTiles, TileRows};
+use crate::packed_matmul::{Instructions, Line, RowTiles, TileRows};
 
 #[derive(Debug, Default)]
 pub(super) struct Workspace {
@@ -25,8 +25,10 @@ pub(super) struct Workspace {
 
 static IDLE: Mutex<Vec<Workspace>> = Mutex::new(Vec::new());
 
-/// Lends a workspace that nobody uses. There are never more than there were threads at work at one time.
-pub(super) fn with_workspace<R>(body: impl FnOnce(&mut Workspace) -> R) -> R {
+/// Lends a workspace that nobody uses, for a piece of a thread's work. There are never more than there were threads at
+/// work at one time.
+pub(super) fn with_workspace<R>(instructions: Instructions, body: impl FnOnce(&mut Workspace) -> R) -> R {
+    let _work = instructions.begin();
     let idle = || IDLE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut workspace = idle().pop().unwrap_or_default();
     let result = body(&mut workspace);

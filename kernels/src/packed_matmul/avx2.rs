@@ -68,17 +68,10 @@ pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, mut places: P
                 let high = _mm256_set1_epi32(0xffff_0000u32 as i32);
                 for (pair, line) in lines.iter().enumerate() {
                     let weights = pair_quarters(line.halves()[half]);
-                    let even = weights.map(|part| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(part)));
                     let odd = weights.map(|part| _mm256_castsi256_ps(_mm256_and_si256(part, high)));
-                    for (sums, row) in sums.iter_mut().zip(rows) {
-                        let bits = row[pair].to_bits();
-                        let second = _mm256_set1_ps(f32::from_bits(bits & 0xffff_0000));
-                        let first = _mm256_set1_ps(f32::from_bits(bits << 16));
-                        for part in 0..2 {
-                            sums[part] = _mm256_fmadd_ps(second, odd[part], sums[part]);
-                            sums[part] = _mm256_fmadd_ps(first, even[part], sums[part]);
-                        }
-                    }
+                    step(&mut sums, rows, 2 * pair + 1, odd);
+                    let even = weights.map(|part| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(part)));
+                    step(&mut sums, rows, 2 * pair, even);
                 }
             }
         }

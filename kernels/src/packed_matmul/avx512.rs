@@ -16,9 +16,6 @@ pub const TILE_ROWS: usize = 14;
 /// memory, and half as much time again is gone.
 pub const WIDENED_TILE_ROWS: usize = 13;
 
-/// The same where rows are widened too.
-pub const ROUNDED_TILE_ROWS: usize = 12;
-
 const LANES: usize = 16;
 
 #[inline]
@@ -132,25 +129,17 @@ fn widened_sums<const R: usize>(
 #[inline(never)]
 #[target_feature(enable = "avx512f")]
 fn rounded_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {
-    assert!(lines.len() <= ROW_STRIDE, "a block of a row");
+    assert!(2 * lines.len() < ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for (pair, line) in lines.iter().enumerate() {
         let line = pair_halves(line);
-        let (even, odd) = (firsts(line), seconds(line));
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            let bits = row[pair].to_bits();
-            let second = _mm512_set1_ps(f32::from_bits(bits & 0xffff_0000));
-            let first = _mm512_set1_ps(f32::from_bits(bits << 16));
-            for half in 0..2 {
-                sums[half] = _mm512_fmadd_ps(second, odd[half], sums[half]);
-                sums[half] = _mm512_fmadd_ps(first, even[half], sums[half]);
-            }
-        }
+        step(&mut sums, rows, 2 * pair + 1, seconds(line));
+        step(&mut sums, rows, 2 * pair, firsts(line));
     }
     finish!(sums, places, first);
 }
 
-/// Products of `R` rows with lines of pairs, rows in bfloat16, by the processor's own instruction for it.
+/// Products of `R` rows of pairs with lines of pairs, by the processor's own instruction for them.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub fn pair_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {

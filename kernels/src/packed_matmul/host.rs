@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::{PackedMatrix, multiply};
+use super::{Instructions, PackedMatrix, Product, multiply_then};
 use crate::{
     gemm_call::{self, View},
     host_op::{self, Forward, HostArray, HostOp},
@@ -67,10 +67,15 @@ impl HostOp for Products {
         let (x, outputs) = (inputs[0], self.weights[0].outputs());
         let width = x.width();
         let mut data = vec![0.0; x.shape[0] * outputs];
+        // All at once, so that no thread waits for another at the end of each.
+        let mut rest = &mut data[..];
+        let mut products = vec![];
         for (weights, first, count) in self.groups() {
-            let output = &mut data[first * outputs..][..count * outputs];
-            multiply(&x.data[first * width..][..count * width], weights, output);
+            let (output, after) = rest.split_at_mut(count * outputs);
+            products.push(Product::new(&x.data[first * width..][..count * width], weights, output));
+            rest = after;
         }
+        multiply_then(Instructions::best(), products, |_| ());
         Forward { shape: vec![x.shape[0], outputs], data, saved: vec![] }
     }
 

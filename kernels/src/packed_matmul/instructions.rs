@@ -1,10 +1,16 @@
 //! Which vector instructions the sums are computed with.
 
-use std::sync::LazyLock;
+use std::{fmt, sync::LazyLock};
 
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512};
 use super::{
+    Line, amx_assembly, avx2, avx512,
+    tiles::{K_BLOCK, NO_TILE},
+};
+use super::{
+    Numbers, RowForm,
+    amx::{self, SIDE},
+    amx_emulation::Emulation,
     plain,
     tiles::{NO_SUMS, PANEL, Slice, TileRow, add_part},
 };
@@ -23,6 +29,11 @@ enum Set {
     /// With its products of bfloat16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    /// AVX-512, and AMX where rows are rounded to bfloat16.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// Plain code, and AMX as plain code does it where rows are rounded to bfloat16.
+    EmulatedAmx,
 }
 
 static AVAILABLE: LazyLock<Vec<Instructions>> = LazyLock::new(|| {
@@ -38,9 +49,41 @@ static AVAILABLE: LazyLock<Vec<Instructions>> = LazyLock::new(|| {
                 sets.push(Instructions(Set::Avx512Bf16));
             }
         }
+        if amx_assembly::AMX.is_ok() {
+            sets.push(Instructions(Set::Amx));
+        }
     }
     sets
 });
+
+static BEST: LazyLock<Instructions> = LazyLock::new(|| {
+    let best = *AVAILABLE.last().expect("plain code always runs");
+    #[cfg(target_arch = "x86_64")]
+    if best.0 == Set::Avx512Bf16 && widening_is_faster() {
+        return Instructions(Set::Avx512);
+    }
+    best
+});
+
+/// Whether this processor is faster with fused multiply-adds of widened bfloat16 than with its products of bfloat16, of
+/// which some can do but a quarter as many in a cycle. It is found by trying, for a tenth of a millisecond: both give the
+/// same bits, so that nothing else depends on it.
+#[cfg(target_arch = "x86_64")]
+fn widening_is_faster() -> bool {
+    let (rows, lines) = (NO_TILE, vec![Line([0u32; PANEL]); K_BLOCK]);
+    let mut sums = NO_SUMS;
+    let mut least = [f64::INFINITY; 2];
+    for _ in 0..12 {
+        for (set, least) in [Set::Avx512, Set::Avx512Bf16].into_iter().zip(&mut least) {
+            // As many rows for both.
+            let rows = &rows[..avx512::WIDENED_TILE_ROWS];
+            let began = std::time::Instant::now();
+            Instructions(set).sum_tile(rows, Slice::Rounded(&lines), &mut sums.iter_mut(), true);
+            *least = least.min(began.elapsed().as_secs_f64());
+        }
+    }
+    least[0] < least[1]
+}
 
 /// One call for each number of rows that a tile may have.
 macro_rules! for_rows {
@@ -65,29 +108,83 @@ impl Instructions {
 
     /// The fastest of this processor.
     pub fn best() -> Instructions {
-        *AVAILABLE.last().expect("plain code always runs")
+        *BEST
     }
 
-    /// The most rows that a tile has.
-    pub(crate) fn tile_rows(self) -> usize {
+    /// What AMX gives where rows are rounded to bfloat16, by plain code on any processor. Slow; for tests.
+    pub fn emulated_amx() -> Instructions {
+        Instructions(Set::EmulatedAmx)
+    }
+
+    /// Whether AMX is used for bfloat16 on this machine, or why not.
+    pub fn amx() -> Result<(), &'static str> {
+        #[cfg(target_arch = "x86_64")]
+        let found = *amx_assembly::AMX;
+        #[cfg(not(target_arch = "x86_64"))]
+        let found = Err("this processor does not have it");
+        found
+    }
+
+    /// Whether products in bfloat16 are summed in the order of AMX, not in that of all others.
+    pub fn sums_by_amx(self) -> bool {
         match self.0 {
-            Set::Plain => plain::TILE_ROWS,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => avx2::TILE_ROWS,
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512 | Set::Avx512Bf16 => avx512::TILE_ROWS,
+            Set::Amx => true,
+            Set::EmulatedAmx => true,
+            _ => false,
         }
+    }
+
+    /// How rows lie for products in these numbers.
+    pub(crate) fn row_form(self, numbers: Numbers) -> RowForm {
+        match (numbers, self.0) {
+            (Numbers::F32, _) => RowForm::Exact,
+            #[cfg(target_arch = "x86_64")]
+            (Numbers::Bf16, Set::Avx512Bf16 | Set::Amx) => RowForm::Pairs,
+            (Numbers::Bf16, Set::EmulatedAmx) => RowForm::Pairs,
+            (Numbers::Bf16, _) => RowForm::Rounded,
+        }
+    }
+
+    /// The height of tiles that so many rows are divided into.
+    pub(crate) fn tile_height(self, rows: usize, numbers: Numbers) -> usize {
+        let slice = match numbers {
+            Numbers::F32 => Slice::F32(&[]),
+            Numbers::Bf16 => Slice::Rounded(&[]),
+        };
+        self.even_height(rows, self.rows_at_once(slice))
+    }
+
+    /// Tiles of nearly equal height: 16 rows are 8 and 8, not 14 and 2. Those of AMX are full instead, as half a tile of
+    /// registers takes as long as a whole one.
+    pub(super) fn even_height(self, rows: usize, most: usize) -> usize {
+        if most == amx::TILE_ROWS {
+            return if rows > SIDE { most } else { rows.max(1) };
+        }
+        rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
     }
 
     /// The most rows that are summed at once with a slice of this kind.
     pub(super) fn rows_at_once(self, slice: Slice<'_>) -> usize {
         match (self.0, slice) {
+            (Set::EmulatedAmx, Slice::Rounded(_)) => amx::TILE_ROWS,
+            (Set::Plain | Set::EmulatedAmx, _) => plain::TILE_ROWS,
             #[cfg(target_arch = "x86_64")]
-            (Set::Avx512 | Set::Avx512Bf16, Slice::Bf16 { .. }) => avx512::WIDENED_TILE_ROWS,
+            (Set::Amx, Slice::Rounded(_)) => amx::TILE_ROWS,
             #[cfg(target_arch = "x86_64")]
-            (Set::Avx512, Slice::Rounded(_)) => avx512::ROUNDED_TILE_ROWS,
-            _ => self.tile_rows(),
+            (Set::Avx2, _) => avx2::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx512Bf16, Slice::Rounded(_)) => avx512::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx512, Slice::Rounded(_)) | (_, Slice::Bf16 { .. }) => avx512::WIDENED_TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx512 | Set::Avx512Bf16 | Set::Amx, Slice::F32(_)) => avx512::TILE_ROWS,
         }
+    }
+
+    /// Begins a piece of work on this thread. What the processor must be told for it is taken back when this is dropped.
+    pub(crate) fn begin(self) -> Work {
+        Work(self)
     }
 
     /// Puts the products of rows and a panel's slice into columns `column..` of the output's rows, or adds them to what
@@ -119,11 +216,24 @@ impl Instructions {
         places: &mut impl Iterator<Item = &'a mut [f32; PANEL]>,
         first: bool,
     ) {
+        match (self.0, slice) {
+            (Set::EmulatedAmx, Slice::Rounded(lines)) => {
+                return amx::sums(&mut Emulation::default(), rows, lines, places, first);
+            }
+            // SAFETY: a value of this exists only where processor and system were found to allow it.
+            #[cfg(target_arch = "x86_64")]
+            (Set::Amx, Slice::Rounded(lines)) => unsafe {
+                return amx_assembly::with_tiles(|tiles| amx::sums(tiles, rows, lines, places, first));
+            },
+            _ => {}
+        }
         // Of equal height, as those of a task.
         let pieces = rows.len().div_ceil(self.rows_at_once(slice));
         for rows in rows.chunks(rows.len().div_ceil(pieces)) {
             match (self.0, slice) {
-                (Set::Plain, _) => for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first),
+                (Set::Plain | Set::EmulatedAmx, _) => {
+                    for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first)
+                }
                 // SAFETY: a value of these exists only where the processor was found to have the instructions.
                 #[cfg(target_arch = "x86_64")]
                 (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, first) },
@@ -134,10 +244,40 @@ impl Instructions {
                 },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                (Set::Avx512 | Set::Avx512Bf16, _) => unsafe {
+                (Set::Avx512 | Set::Avx512Bf16 | Set::Amx, _) => unsafe {
                     for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, first)
                 },
             }
+        }
+    }
+}
+
+impl fmt::Display for Instructions {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        to.write_str(match self.0 {
+            Set::Plain => "plain code",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 => "AVX-512 with products of bfloat16",
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx => "AVX-512 and AMX",
+            Set::EmulatedAmx => "plain code that does as AMX",
+        })
+    }
+}
+
+/// A piece of a thread's work.
+#[must_use]
+pub(crate) struct Work(Instructions);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.0.0 == Set::Amx {
+            amx_assembly::release();
         }
     }
 }

@@ -12,13 +12,25 @@
 //! of bfloat16: weights and rows are rounded to it, pairs of products are added to a chain in f32, the second of the pair
 //! first, and a block is 2 [`K_BLOCK`] products. A product of two such numbers is exact, so each step rounds once.
 //! (Numbers below 1.2e-38, the smallest normal one, count as zero for some instruction sets and not for others.)
+//!
+//! AMX is the one that cannot give these bits: its instruction fixes another order. Of 16 pairs the first products are
+//! summed in one chain from zero, the second ones in another, then both together, then these sums in their order; a block
+//! is the same. That is a definition as well, of which a row's bits are the same alone, among others and on any number of
+//! threads. So bits of these matrices are the same on all processors without AMX, and on all with it.
 
+mod amx;
+mod amx_emulation;
 mod host;
 mod instructions;
 mod pack;
 mod rounding;
+mod row_tiles;
 mod tiles;
 
+#[cfg(target_arch = "x86_64")]
+mod amx_assembly;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod amx_trap;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -31,7 +43,8 @@ pub use pack::{Element, Order};
 pub use tiles::{K_BLOCK, PANEL};
 
 pub(crate) use rounding::nearest;
-pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, RowTiles, TileRows, product};
+pub(crate) use row_tiles::{RowForm, RowTiles, product};
+pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, Product, TileRows, multiply_then};
 
 /// What rows are multiplied in. Sums are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -104,12 +117,7 @@ pub fn multiply(rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
     multiply_with(Instructions::best(), rows, weights, output);
 }
 
-/// [`multiply`] by a given instruction set; they all give the same bits.
+/// [`multiply`] by a given instruction set. All give the same bits, but for AMX with matrices packed for bfloat16.
 pub fn multiply_with(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
-    let row_count = rows.len() / weights.inputs;
-    assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
-    assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
-    if row_count > 0 {
-        tiles::multiply(instructions, rows, weights, output);
-    }
+    multiply_then(instructions, vec![Product::new(rows, weights, output)], |_| ());
 }

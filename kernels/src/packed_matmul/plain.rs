@@ -35,14 +35,8 @@ pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Place
         }
         Slice::Rounded(lines) => {
             for (pair, line) in lines.iter().enumerate() {
-                for (sums, row) in sums.iter_mut().zip(rows) {
-                    let bits = row[pair].to_bits();
-                    let (first, second) = (f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000));
-                    for (sum, both) in sums.iter_mut().zip(line.0) {
-                        *sum = second.mul_add(f32::from_bits(both & 0xffff_0000), *sum);
-                        *sum = first.mul_add(f32::from_bits(both << 16), *sum);
-                    }
-                }
+                step(&mut sums, rows, 2 * pair + 1, &line.0.map(|both| f32::from_bits(both & 0xffff_0000)));
+                step(&mut sums, rows, 2 * pair, &line.0.map(|both| f32::from_bits(both << 16)));
             }
         }
     }

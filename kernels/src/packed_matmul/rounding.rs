@@ -10,6 +10,15 @@ pub fn nearest(value: f32) -> u32 {
     if value.is_nan() { (bits >> 16) | 0x40 } else { rounded }
 }
 
+/// Each value rounded, in f32.
+#[inline(always)]
+pub fn nearest_each(values: &[f32], rounded: &mut [f32]) {
+    vectorised(
+        #[inline(always)]
+        || rounded.iter_mut().zip(values).for_each(|(to, &value)| *to = f32::from_bits(nearest(value) << 16)),
+    );
+}
+
 /// Two rounded values in the bits of each number, the first in the lower half.
 #[inline(always)]
 pub fn round_pairs(values: &[f32], pairs: &mut [f32]) {

@@ -3,9 +3,11 @@
 //! Nothing here can change a bit of the result: an element is the sum of its blocks of [`K_BLOCK`] products in their
 //! order, wherever the cuts between tasks, tiles and panels fall.
 
+use std::ops::{Deref, DerefMut};
+
 use rayon::prelude::*;
 
-use super::{Instructions, Numbers, PackedMatrix, Panels, rounding::round_pairs};
+use super::{Instructions, Numbers, PackedMatrix, Panels, RowForm};
 
 /// Output columns that lie beside each other in memory.
 pub const PANEL: usize = 32;
@@ -15,13 +17,36 @@ pub const PANEL: usize = 32;
 pub const K_BLOCK: usize = 256;
 
 /// The most rows of any instruction set's tile.
-pub const MAX_TILE_ROWS: usize = 14;
+pub const MAX_TILE_ROWS: usize = 32;
 
-/// A little more than a block, so that rows of a tile do not all fall into the same set of the first-level cache.
-pub const ROW_STRIDE: usize = K_BLOCK + 16;
+/// A little more than the longest block, so that rows of a tile do not all fall into the same set of the first-level
+/// cache.
+pub const ROW_STRIDE: usize = 2 * K_BLOCK + 16;
 
-/// One block of k of a row: f32, or the bits of two bfloat16 in each number.
-pub type TileRow = [f32; ROW_STRIDE];
+/// One block of k of a row, as its [`RowForm`](super::RowForm) has it.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct TileRow([f32; ROW_STRIDE]);
+
+impl TileRow {
+    pub const ZEROS: TileRow = TileRow([0.0; ROW_STRIDE]);
+}
+
+impl Deref for TileRow {
+    type Target = [f32; ROW_STRIDE];
+
+    #[inline(always)]
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for TileRow {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
 
 /// One block of k of the rows of a tile.
 pub type TileRows = [TileRow; MAX_TILE_ROWS];
@@ -32,7 +57,7 @@ pub type Sums = [[f32; PANEL]; MAX_TILE_ROWS];
 /// Where the sums of some rows go.
 pub type Places<'a, const R: usize> = [&'a mut [f32; PANEL]; R];
 
-pub const NO_TILE: TileRows = [[0.0; ROW_STRIDE]; MAX_TILE_ROWS];
+pub static NO_TILE: TileRows = [TileRow::ZEROS; MAX_TILE_ROWS];
 pub const NO_SUMS: Sums = [[0.0; PANEL]; MAX_TILE_ROWS];
 
 /// The weights of one panel at one k (f32) or two (bf16, the first in the lower half of each number).
@@ -48,6 +73,10 @@ unsafe impl bytemuck::Pod for Line<f32> {}
 unsafe impl bytemuck::Zeroable for Line<u32> {}
 // SAFETY: as above.
 unsafe impl bytemuck::Pod for Line<u32> {}
+
+impl Line<u32> {
+    pub const ZEROS: Self = Line([0; PANEL]);
+}
 
 pub type HalfLine<T> = [T; PANEL / 2];
 
@@ -68,7 +97,7 @@ pub enum Slice<'a> {
         pairs: &'a [Line<u32>],
         odd: Option<&'a Line<u32>>,
     },
-    /// The rows are in bfloat16 too, two to a number.
+    /// The rows are rounded to bfloat16 too.
     Rounded(&'a [Line<u32>]),
 }
 
@@ -78,7 +107,7 @@ pub enum Panel<'a> {
     F32(&'a [Line<f32>]),
     /// Two k a line, of so many, for rows in f32.
     Bf16(&'a [Line<u32>], usize),
-    /// The same, for rows in bfloat16.
+    /// The same, for rows that are rounded to bfloat16.
     Rounded(&'a [Line<u32>]),
 }
 
@@ -91,9 +120,9 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// Products `block * numbers.k_block()..`
+    /// Block number `block` of the products.
     #[inline(always)]
-    fn slice(self, block: usize) -> Slice<'a> {
+    pub(super) fn slice(self, block: usize) -> Slice<'a> {
         match self {
             Panel::F32(lines) => Slice::F32(&lines[block * K_BLOCK..lines.len().min((block + 1) * K_BLOCK)]),
             Panel::Bf16(lines, inputs) => {
@@ -105,7 +134,7 @@ impl<'a> Panel<'a> {
         }
     }
 
-    fn blocks(self) -> usize {
+    pub(super) fn blocks(self) -> usize {
         match self {
             Panel::F32(lines) => lines.len().div_ceil(K_BLOCK),
             Panel::Bf16(_, inputs) => inputs.div_ceil(K_BLOCK),
@@ -139,25 +168,87 @@ const FEW_ROWS_TASK_PANELS: usize = 2;
 /// Products below which handing out work costs more than it gains.
 const SMALL: usize = 1 << 18;
 
-/// One piece of the output: some columns of some rows.
+/// One piece of an output: some columns of some rows.
 struct Task<'a> {
+    weights: &'a PackedMatrix,
     rows: &'a [f32],
+    first_row: usize,
     first_panel: usize,
     output: Vec<&'a mut [f32]>,
 }
 
-/// Cuts the output into tasks and does them, in parallel where it pays.
-pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
+/// One product: rows, weights, and where the result goes.
+pub(crate) struct Product<'a> {
+    rows: &'a [f32],
+    weights: &'a PackedMatrix,
+    output: &'a mut [f32],
+}
+
+impl<'a> Product<'a> {
+    /// # Shapes
+    /// - `rows` `[N, inputs]`, `output` `[N, outputs]`
+    ///
+    /// # Panics
+    /// When the slices do not have these shapes for the same N.
+    pub fn new(rows: &'a [f32], weights: &'a PackedMatrix, output: &'a mut [f32]) -> Self {
+        let row_count = rows.len() / weights.inputs;
+        assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
+        assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
+        Product { rows, weights, output }
+    }
+}
+
+/// A piece of a result that is there, still in the cache of the thread that computed it.
+pub(crate) struct Piece<'a> {
+    pub first_row: usize,
+    pub first_column: usize,
+    /// The same columns of each of some rows.
+    pub rows: &'a [&'a mut [f32]],
+}
+
+/// Cuts the outputs into tasks and does them, in parallel where it pays. Calls `then` with each piece of the results, and
+/// gives what it returns in the order of the pieces: by product, rows and columns.
+pub(crate) fn multiply_then<R: Send>(
+    instructions: Instructions,
+    products: Vec<Product<'_>>,
+    then: impl Fn(Piece<'_>) -> R + Sync,
+) -> Vec<R> {
+    let mut tasks = vec![];
+    let mut amount = 0;
+    for Product { rows, weights, output } in products {
+        let row_count = output.len() / weights.outputs;
+        if row_count > 0 {
+            amount += row_count * weights.inputs * weights.outputs;
+            cut(instructions, rows, weights, output, row_count, &mut tasks);
+        }
+    }
+    let work = |mut task: Task<'_>| {
+        run(instructions, &mut task);
+        then(Piece { first_row: task.first_row, first_column: task.first_panel * PANEL, rows: &task.output })
+    };
+    if amount < SMALL { tasks.into_iter().map(work).collect() } else { tasks.into_par_iter().map(work).collect() }
+}
+
+fn cut<'a>(
+    instructions: Instructions,
+    rows: &'a [f32],
+    weights: &'a PackedMatrix,
+    output: &'a mut [f32],
+    row_count: usize,
+    tasks: &mut Vec<Task<'a>>,
+) {
     let (inputs, outputs) = (weights.inputs, weights.outputs);
-    let row_count = output.len() / outputs;
-    let panels = if row_count <= MAX_TILE_ROWS { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
-    let mut tasks = Vec::new();
-    for (rows, output) in rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs)) {
+    let one_tile = row_count <= instructions.rows_at_once(weights.panel(0).slice(0));
+    let panels = if one_tile { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
+    let columns = panels * PANEL;
+    let pieces = rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs));
+    for (number, (rows, output)) in pieces.enumerate() {
         let first = tasks.len();
-        let columns = panels * PANEL;
-        tasks.extend((0..outputs.div_ceil(columns)).map(|number| Task {
+        tasks.extend((0..outputs.div_ceil(columns)).map(|column| Task {
+            weights,
             rows,
-            first_panel: number * panels,
+            first_row: number * TASK_ROWS,
+            first_panel: column * panels,
             output: Vec::with_capacity(row_count.min(TASK_ROWS)),
         }));
         for row in output.chunks_mut(outputs) {
@@ -166,26 +257,23 @@ pub fn multiply(instructions: Instructions, rows: &[f32], weights: &PackedMatrix
             }
         }
     }
-    if row_count * inputs * outputs < SMALL {
-        tasks.into_iter().for_each(|task| run(instructions, task, weights));
-    } else {
-        tasks.into_par_iter().for_each(|task| run(instructions, task, weights));
-    }
 }
 
-fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
+fn run(instructions: Instructions, task: &mut Task<'_>) {
+    let _tiles = instructions.begin();
+    let weights = task.weights;
     let inputs = weights.inputs;
-    let most = instructions.rows_at_once(weights.panel(0).slice(0));
-    // Tiles of nearly equal height: 16 rows are 8 and 8, not 14 and 2.
-    let height = task.output.len().div_ceil(task.output.len().div_ceil(most));
+    let form = instructions.row_form(weights.rows);
+    let height = instructions.even_height(task.output.len(), instructions.rows_at_once(weights.panel(0).slice(0)));
     let panels = task.output[0].len().div_ceil(PANEL);
     let blocks = weights.panel(0).blocks();
-    let mut tile = NO_TILE;
-    if task.output.len() <= height {
+    let tiles = task.output.len().div_ceil(height);
+    let mut tile = vec![TileRow::ZEROS; height.min(task.output.len())];
+    if tiles == 1 {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels {
             for block in 0..blocks {
-                let count = copy_rows(&mut tile, task.rows, inputs, block, weights.rows);
+                let count = copy_rows(&mut tile, task.rows, inputs, block, form);
                 let slice = weights.panel(task.first_panel + panel).slice(block);
                 instructions.add_tile(&tile[..count], slice, &mut task.output, panel * PANEL, block == 0);
             }
@@ -193,113 +281,59 @@ fn run(instructions: Instructions, mut task: Task<'_>, weights: &PackedMatrix) {
         return;
     }
     for block in 0..blocks {
-        for (rows, output) in task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height)) {
-            let count = copy_rows(&mut tile, rows, inputs, block, weights.rows);
+        let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
+        for (number, (rows, output)) in chunks.enumerate() {
+            let count = copy_rows(&mut tile, rows, inputs, block, form);
             for panel in 0..panels {
                 let slice = weights.panel(task.first_panel + panel).slice(block);
+                // The first tile waits for the weights to come from memory; what the next block needs is asked for while
+                // the others have theirs in cache.
+                if number > 0 {
+                    let next = match block + 1 < blocks {
+                        true => Some((task.first_panel + panel, block + 1)),
+                        false => Some((task.first_panel + panels + panel, 0)),
+                    };
+                    if let Some((panel, block)) = next.filter(|(panel, _)| *panel * PANEL < weights.outputs) {
+                        weights.panel(panel).slice(block).prefetch(number - 1, tiles - 1);
+                    }
+                }
                 instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0);
             }
         }
     }
 }
 
+impl Slice<'_> {
+    /// Asks for one of some parts of it to be brought into the cache.
+    #[inline(always)]
+    fn prefetch(self, part: usize, parts: usize) {
+        let bytes: &[u8] = match self {
+            Slice::F32(lines) => bytemuck::cast_slice(lines),
+            Slice::Bf16 { pairs, .. } => bytemuck::cast_slice(pairs),
+            Slice::Rounded(lines) => bytemuck::cast_slice(lines),
+        };
+        let length = bytes.len().div_ceil(parts).next_multiple_of(64);
+        let from = (part * length).min(bytes.len());
+        for line in bytes[from..bytes.len().min(from + length)].chunks(64) {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a hint about an address, which is that of a slice; nothing is read.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = line;
+        }
+    }
+}
+
 /// Brings one block of k of some rows together; how many rows there are.
-fn copy_rows(tile: &mut TileRows, rows: &[f32], inputs: usize, block: usize, numbers: Numbers) -> usize {
-    let length = numbers.k_block();
-    let (first, last) = (block * length, inputs.min((block + 1) * length));
+fn copy_rows(tile: &mut [TileRow], rows: &[f32], inputs: usize, block: usize, form: RowForm) -> usize {
+    let (first, last) = (block * form.k_block(), inputs.min((block + 1) * form.k_block()));
     for (to, from) in tile.iter_mut().zip(rows.chunks(inputs)) {
-        numbers.write(&from[first..last], to);
+        form.write(&from[first..last], &mut to[..]);
+        form.end(last - first, to);
     }
     rows.len() / inputs
-}
-
-impl Numbers {
-    /// Products of a block.
-    pub(crate) fn k_block(self) -> usize {
-        match self {
-            Numbers::F32 => K_BLOCK,
-            Numbers::Bf16 => 2 * K_BLOCK,
-        }
-    }
-
-    /// Writes numbers as the rows of a tile have them. An odd one is the first of a pair with zero.
-    #[inline(always)]
-    pub(crate) fn write(self, values: &[f32], row: &mut [f32]) {
-        match self {
-            Numbers::F32 => row[..values.len()].copy_from_slice(values),
-            Numbers::Bf16 => round_pairs(values, &mut row[..values.len().div_ceil(2)]),
-        }
-    }
-}
-
-/// Rows laid out for products with any number of panels.
-///
-/// Tiles of nearly equal height, each with its blocks of k one after the other.
-#[derive(Debug, Default)]
-pub(crate) struct RowTiles {
-    tiles: Vec<TileRows>,
-    numbers: Numbers,
-    rows: usize,
-    height: usize,
-    blocks: usize,
-}
-
-impl RowTiles {
-    /// Makes room for rows, whatever was here before; all of their numbers must be written.
-    pub(crate) fn resize(&mut self, instructions: Instructions, numbers: Numbers, rows: usize, inputs: usize) {
-        self.height = rows.div_ceil(rows.div_ceil(instructions.tile_rows()).max(1)).max(1);
-        self.blocks = inputs.div_ceil(numbers.k_block());
-        (self.numbers, self.rows) = (numbers, rows);
-        let count = rows.div_ceil(self.height) * self.blocks;
-        if self.tiles.len() < count {
-            self.tiles.resize(count, [[0.0; ROW_STRIDE]; MAX_TILE_ROWS]);
-        }
-    }
-
-    /// Numbers `column..` of a row. They stay inside a block of k, and begin with a pair.
-    #[inline(always)]
-    pub(crate) fn write(&mut self, row: usize, column: usize, values: &[f32]) {
-        let length = self.numbers.k_block();
-        let tile = &mut self.tiles[row / self.height * self.blocks + column / length][row % self.height];
-        let place = match self.numbers {
-            Numbers::F32 => column % length,
-            Numbers::Bf16 => column % length / 2,
-        };
-        self.numbers.write(values, &mut tile[place..]);
-    }
-
-    /// All numbers of a row.
-    pub(crate) fn write_row(&mut self, row: usize, values: &[f32]) {
-        let length = self.numbers.k_block();
-        for (block, values) in values.chunks(length).enumerate() {
-            self.write(row, block * length, values);
-        }
-    }
-
-    pub(crate) fn tile_count(&self) -> usize {
-        self.rows.div_ceil(self.height)
-    }
-
-    /// The first row of a tile, and their number.
-    pub(crate) fn rows_of(&self, tile: usize) -> (usize, usize) {
-        let first = tile * self.height;
-        (first, self.height.min(self.rows - first))
-    }
-
-    /// The products of a tile's rows with a panel.
-    #[inline(always)]
-    pub(crate) fn product(&self, instructions: Instructions, tile: usize, panel: Panel<'_>, sums: &mut Sums) {
-        let (_, count) = self.rows_of(tile);
-        product(instructions, count, &self.tiles[tile * self.blocks..][..self.blocks], panel, sums);
-    }
-}
-
-/// The products of `count` rows with a panel; `tiles` are the rows' blocks of k.
-#[inline(always)]
-pub(crate) fn product(instructions: Instructions, count: usize, tiles: &[TileRows], panel: Panel<'_>, sums: &mut Sums) {
-    for (block, tile) in tiles.iter().take(panel.blocks()).enumerate() {
-        instructions.sum_tile(&tile[..count], panel.slice(block), &mut sums.iter_mut(), block == 0);
-    }
 }
 
 /// Puts the first of a panel's sums into the last columns of a row, or adds them to what is there.
