@@ -7,11 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use limbeck::{
     Result,
     models::{
-        RandomWeights,
-        config::FeedForwardConfig,
-        feed_forward::FeedForward,
-        linear::Weights,
-        llama4::shapes,
+        RandomWeights, config::FeedForwardConfig, feed_forward::FeedForward, linear::Weights, llama4::shapes,
         parameter::WeightSource,
     },
 };

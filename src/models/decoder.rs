@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
-use limbeck_kernels::{packed_matmul::{Instructions, PackedMatrix}, rms_norm::rms_norm};
+use limbeck_kernels::{
+    packed_matmul::{Instructions, PackedMatrix},
+    rms_norm::rms_norm,
+};
 
 use super::{
     attention::Attention,
