@@ -94,6 +94,7 @@ impl OneBatch {
             }],
             kind: TargetKind::Exact,
             log_normalizer: None,
+            router: None,
         };
         OneBatch(DistillBatch { sequences: sequences(), targets: Some(targets), row_weights: None })
     }

@@ -114,12 +114,14 @@ pub fn select_products(
     let vocab = head.outputs();
     check(rule, vocab, temperatures);
     room.resize(vocab * places.len(), 0.0);
-    let _span = profile::op("head product, log-sum-exp + top-k").with("rows", places.len() as u64);
+    let span = profile::op("packed product").with("rows", places.len() as u64);
     const { assert!(PANEL <= BLOCK && BLOCK.is_multiple_of(PANEL)) };
     let pieces = multiply_then(Instructions::best(), vec![Product::new(hidden, head, room)], |piece| {
         let sums = piece.rows.iter().map(|row| BlockSums::new(row, temperatures[0])).collect::<Vec<_>>();
         (piece.first_row, piece.first_column, sums)
     });
+    drop(span);
+    let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
     let mut sums = vec![BlockSums::default(); places.len()];
     for (first_row, first_column, piece) in pieces {
         assert!(first_column.is_multiple_of(BLOCK), "pieces are cut between blocks");
