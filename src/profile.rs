@@ -117,7 +117,7 @@ fn write_events(out: &mut impl Write, name: &str, recorded: &Recorded) -> std::i
         events.reverse();
         events.sort_by_key(|event| (event.start, u64::MAX - event.duration));
         for event in &events {
-            write!(out, ",\n")?;
+            writeln!(out, ",")?;
             write_event(out, process, number, event)?;
         }
     }

@@ -27,8 +27,9 @@ fn numbers(count: usize, seed: u32) -> Vec<f32> {
 
 pub fn attention(shape: Shape, turns: bool) -> Result<()> {
     let Shape { tokens, query_heads, key_heads, head_dim, chunk } = shape;
+    let span = if chunk == 0 { tokens } else { chunk };
     let heads = Heads { query_heads, key_heads, head_dim };
-    let first_key = (0..tokens).map(|token| if chunk == 0 { 0 } else { (token / chunk * chunk) as u32 });
+    let first_key = (0..tokens).map(|token| (token / span * span) as u32);
     let ranges = KeyRanges { first_key: Arc::new(first_key.collect()), sequence_len: tokens };
     let device = Device::flex().autodiff();
     let operand = |heads: usize, seed: u32| {

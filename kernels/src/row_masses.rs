@@ -31,6 +31,11 @@ impl BlockSums {
         sums
     }
 
+    /// None yet, with room for so many blocks.
+    pub fn with_capacity(blocks: usize) -> Self {
+        BlockSums { largest: Vec::with_capacity(blocks), masses: Vec::with_capacity(blocks) }
+    }
+
     /// Appends the blocks of some more entries. What was there before must have ended with a whole block.
     pub fn append(&mut self, entries: &[f32], temperature: f32) {
         let before = self.largest.len();

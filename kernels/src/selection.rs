@@ -115,19 +115,23 @@ pub fn select_products(
     check(rule, vocab, temperatures);
     room.resize(vocab * places.len(), 0.0);
     let span = profile::op("packed product").with("rows", places.len() as u64);
-    const { assert!(PANEL <= BLOCK && BLOCK.is_multiple_of(PANEL)) };
     let pieces = multiply_then(Instructions::best(), vec![Product::new(hidden, head, room)], |piece| {
-        let sums = piece.rows.iter().map(|row| BlockSums::new(row, temperatures[0])).collect::<Vec<_>>();
-        (piece.first_row, piece.first_column, sums)
+        let mut sums = BlockSums::with_capacity(piece.rows.iter().map(|row| row.len().div_ceil(BLOCK)).sum());
+        piece.rows.iter().for_each(|row| sums.append(row, temperatures[0]));
+        (piece.first_row, piece.rows.len(), sums)
     });
     drop(span);
     let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
     let mut sums = vec![BlockSums::default(); places.len()];
-    for (first_row, first_column, piece) in pieces {
-        assert!(first_column.is_multiple_of(BLOCK), "pieces are cut between blocks");
-        for (all, part) in sums[first_row..].iter_mut().zip(piece) {
-            all.largest.extend(part.largest);
-            all.masses.extend(part.masses);
+    sums.iter_mut().for_each(|sums| *sums = BlockSums::with_capacity(vocab.div_ceil(BLOCK)));
+    // Pieces come in the order of their columns, and are cut between blocks.
+    const { assert!(BLOCK.is_multiple_of(PANEL)) };
+    for (first_row, rows, piece) in pieces {
+        let blocks = piece.largest.len() / rows;
+        let parts = piece.largest.chunks(blocks).zip(piece.masses.chunks(blocks));
+        for (all, (largest, masses)) in sums[first_row..].iter_mut().zip(parts) {
+            all.largest.extend_from_slice(largest);
+            all.masses.extend_from_slice(masses);
         }
     }
     let of_row =

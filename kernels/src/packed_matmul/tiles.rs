@@ -201,7 +201,6 @@ impl<'a> Product<'a> {
 /// A piece of a result that is there, still in the cache of the thread that computed it.
 pub(crate) struct Piece<'a> {
     pub first_row: usize,
-    pub first_column: usize,
     /// The same columns of each of some rows.
     pub rows: &'a [&'a mut [f32]],
 }
@@ -224,7 +223,7 @@ pub(crate) fn multiply_then<R: Send>(
     }
     let work = |mut task: Task<'_>| {
         run(instructions, &mut task);
-        then(Piece { first_row: task.first_row, first_column: task.first_panel * PANEL, rows: &task.output })
+        then(Piece { first_row: task.first_row, rows: &task.output })
     };
     if amount < SMALL { tasks.into_iter().map(work).collect() } else { tasks.into_par_iter().map(work).collect() }
 }
