@@ -72,9 +72,9 @@ pub fn linear_distill(
 
 /// Whether there is more than plain tensor operations for these operands.
 fn has_node(hidden: &Tensor<2>) -> bool {
-    #[cfg(feature = "device")]
-    if crate::device::op::runs_on(&hidden.device(), hidden.dtype()) {
-        return true;
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if let burn::backend::DispatchDevice::Cube(device) = hidden.device().inner().as_dispatch() {
+        return super::device::takes(device, hidden.dtype());
     }
     host_op::runs_on(&hidden.device())
 }
