@@ -1,5 +1,8 @@
-//! Writes the CUDA C++ of every kernel of the fused loss into a folder, one file each, for `nvrtc.py` to compile. Needs
+//! Writes the CUDA C++ of every kernel into a folder, one file each, for `nvrtc.py` to compile. Needs
 //! no GPU and no CUDA: the device is described here by hand, as cubecl's runtime describes an H100.
+
+mod cuda_text_tiles;
+mod operations_text;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -78,8 +81,8 @@ fn target() -> Arc<TargetProperties> {
 
 /// An operand of `count` elements, of which nothing is ever read.
 fn operand(count: usize) -> BufferArg {
-    let handle = Handle::new(ServiceId::of::<()>(DeviceId::new(0, 0)), StreamId::current(), (count * 8) as u64);
-    // SAFETY: eight bytes per element are claimed above, and no kernel is launched.
+    let handle = Handle::new(ServiceId::of::<()>(DeviceId::new(0, 0)), StreamId::current(), (count * 32) as u64);
+    // SAFETY: thirty-two bytes per element are claimed above, and no kernel is launched.
     unsafe { BufferArg::from_raw_parts(handle, count) }
 }
 
@@ -115,6 +118,7 @@ fn main() {
     std::fs::create_dir_all(&folder).expect("the folder can be made");
     let writer = Writer { folder };
     let (device, target) = (device(), target());
+    cuda_text_tiles::write(&writer, &cuda_text_tiles::with_tensor_cores(device.clone()), &target);
     let (few, many) = (CubeDim::new_1d(FEW_UNITS as u32), CubeDim::new_1d(UNITS as u32));
     let per_row = CubeCount::Static(BLOCK as u32, 1, 1);
     let per_number = |columns: usize| CubeCount::Static((columns / UNITS) as u32, BLOCK as u32, 1);
@@ -263,4 +267,5 @@ fn main() {
             writer.write(&format!("scatter_rows{width_name}_{element_name}"), &kernel);
         }
     }
+    operations_text::write(&writer, &device, &target);
 }

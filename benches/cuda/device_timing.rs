@@ -1,6 +1,10 @@
-//! Times the fused loss, forward and backward, on the device that was built for, and prints a line of CSV.
+//! Times device forms on the device that was built for, and prints CSV.
 //!
-//! `device_timing TOKENS WIDTH VOCABULARY KEPT TYPE REPEATS`, where TYPE is bf16, f16 or f32.
+//! `device_timing TOKENS WIDTH VOCABULARY KEPT TYPE REPEATS` times the fused loss, forward and backward;
+//! `device_timing operations TYPE REPEATS` the other operations. TYPE is bf16, f16 or f32.
+
+mod operation_timing;
+mod tile_timing;
 
 use std::{sync::Arc, time::Instant};
 
@@ -22,6 +26,15 @@ fn device() -> Device {
     return Device::wgpu(Default::default());
 }
 
+fn element_type(name: &str) -> DType {
+    match name {
+        "bf16" => DType::BF16,
+        "f16" => DType::F16,
+        "f32" => DType::F32,
+        other => panic!("{other} is none of bf16, f16 and f32"),
+    }
+}
+
 /// Targets that keep ids spread over the vocabulary, with half of the teacher's mass.
 fn targets(tokens: usize, vocab: usize, kept: usize) -> RowTargets {
     let log_prob = (0.5 / kept as f64).ln() as f32;
@@ -38,16 +51,18 @@ fn targets(tokens: usize, vocab: usize, kept: usize) -> RowTargets {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "operations") {
+        let repeats = arguments.get(2).and_then(|count| count.parse().ok());
+        let repeats = repeats.expect("usage: device_timing operations TYPE REPEATS");
+        let (device, dtype) = (device(), element_type(&arguments[1]));
+        operation_timing::print_all(&device, &arguments[1], dtype, repeats);
+        return tile_timing::print_all(&device, &arguments[1], dtype, repeats);
+    }
     let [tokens, width, vocab, kept, repeats] = [0, 1, 2, 3, 5].map(|place| {
         let argument = arguments.get(place).map(String::as_str).unwrap_or("");
         argument.parse::<usize>().expect("usage: device_timing TOKENS WIDTH VOCABULARY KEPT TYPE REPEATS")
     });
-    let dtype = match arguments[4].as_str() {
-        "bf16" => DType::BF16,
-        "f16" => DType::F16,
-        "f32" => DType::F32,
-        other => panic!("{other} is none of bf16, f16 and f32"),
-    };
+    let dtype = element_type(&arguments[4]);
     let targets = targets(tokens, vocab, kept);
     targets.check(vocab).expect("targets that fit");
     let targets = Arc::new(targets);

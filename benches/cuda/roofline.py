@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""What the device form has to compute and to move, counted from its tiles, and the time that takes at an H100's limits.
+"""What the device forms have to compute and to move, and the time that takes at an H100's limits.
 
-The tiles are those of kernels/src/fused_linear_distill/tiles.rs. Computed, not measured: nothing here has seen a GPU.
+The loss is counted from its tiles, which are those of kernels/src/fused_linear_distill/tiles.rs; the other operations from
+their operands, read and written once by the kernels in kernels/src/device/cube. Computed, not measured: nothing here has seen a GPU.
 """
 
 FLOPS = 989e12  # bf16, dense
@@ -69,6 +70,42 @@ def main():
     ]
     for name, cell in lines:
         print(f"| {name} | " + " | ".join(cell(f) for f in found) + " |")
+    print()
+    print_operations()
+
+
+VECTOR_FLOPS = 67e12  # f32, outside the tensor cores
+SUMMING_CUBES = 512
+
+
+def operations(rows=8192, width=5120, heads=40, head=128, expert=8192, vocab=202_048, element=2):
+    """Name, launches, bytes read and written once, and FLOPs, of the operations beside the loss at Scout's sizes."""
+    hidden = rows * width
+    inverse, table, weight = 4 * rows, 2 * 4 * rows * head // 2, width * element
+    partials = 4 * SUMMING_CUBES * width
+    hidden_expert = rows * expert
+    matrix = vocab * width
+    return [
+        ("`rms_norm` of the hidden states", 1, 2 * hidden * element + weight + inverse, 5 * hidden),
+        ("its gradients, the weight's too", 2, 3 * hidden * element + 2 * weight + inverse + 2 * partials, 12 * hidden),
+        ("`unit_rms` of the queries", 1, 2 * hidden * element + inverse * heads, 4 * hidden),
+        ("its gradient", 1, 3 * hidden * element + inverse * heads, 8 * hidden),
+        ("`rotary` of the queries, and its gradient, each", 1, 2 * hidden * element + table, 3 * hidden),
+        ("`swiglu` or `gated_silu`", 1, 3 * hidden_expert * element, 7 * hidden_expert),
+        ("its gradients", 1, 5 * hidden_expert * element, 16 * hidden_expert),
+        ("`gather_rows` of an embedding, or to experts", 1, 2 * hidden * element + 4 * rows, 0),
+        ("gradient of rows sent to experts", 1, 2 * hidden * element + 8 * rows, hidden),
+        ("gradient of the embedding", 1, (hidden + matrix) * element + 4 * (rows + vocab), hidden),
+        ("`adamw` of the embedding, f32", 1, 28 * matrix, 13 * matrix),
+    ]
+
+
+def print_operations():
+    print("| | launches | GB | at 3.35 TB/s | FLOPs | at 67 TFLOP/s |")
+    print("|---|---|---|---|---|---|")
+    for name, launches, size, flops in operations():
+        memory, compute = 1e6 * size / BANDWIDTH, 1e6 * flops / VECTOR_FLOPS
+        print(f"| {name} | {launches} | {size / 1e9:.3f} | {memory:.0f} µs | {flops / 1e9:.2f} G | {compute:.0f} µs |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-//! AdamW with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2), one pass over memory on the host.
+//! AdamW with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2), one pass over memory on the host, one
+//! launch on a device.
 
 use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{host_op, profile, vector_math::vectorised};
 
 /// The numbers of one update.
@@ -39,10 +42,32 @@ impl AdamwStep {
     /// - all tensors `[N]`
     pub fn apply(&self, weight: Tensor<1>, gradient: Tensor<1>, state: AdamwState) -> (Tensor<1>, AdamwState) {
         if host_op::runs_on(&weight.device()) {
-            self.on_host(weight, gradient, state)
-        } else {
-            self.reference(weight, gradient, state)
+            return self.on_host(weight, gradient, state);
         }
+        #[cfg(feature = "device")]
+        if device::adamw::takes(&[&weight, &gradient, &state.first_moment, &state.second_moment]) {
+            return self.on_device(weight, gradient, state);
+        }
+        self.reference(weight, gradient, state)
+    }
+
+    #[cfg(feature = "device")]
+    fn on_device(&self, weight: Tensor<1>, gradient: Tensor<1>, state: AdamwState) -> (Tensor<1>, AdamwState) {
+        let (first_correction, second_correction) = self.corrections();
+        let numbers = device::adamw::Numbers {
+            scale: self.gradient_scale as f32,
+            beta1: self.beta1 as f32,
+            rest1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            rest2: (1.0 - self.beta2) as f32,
+            second_correction: second_correction as f32,
+            eps: self.eps as f32,
+            keep: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            rate: (self.learning_rate * first_correction) as f32,
+        };
+        let moments = [state.first_moment, state.second_moment];
+        let [weight, first_moment, second_moment] = device::adamw::update(weight, gradient, moments, numbers);
+        (weight, AdamwState { first_moment, second_moment })
     }
 
     /// [`AdamwStep::apply`] in plain tensor operations.

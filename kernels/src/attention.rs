@@ -7,6 +7,8 @@ use burn::tensor::{Bool, Tensor, TensorData, activation::softmax};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     gemm_call::{View, multiply},
     host_op::{self, Forward, HostArray, HostOp},
@@ -40,6 +42,14 @@ pub fn attention(query: Tensor<2>, key: Tensor<2>, value: Tensor<2>, heads: Head
     if host_op::runs_on(&query.device()) {
         let op = Attention { heads, ranges: ranges.clone() };
         return host_op::apply(op, vec![query.into(), key.into(), value.into()]);
+    }
+    #[cfg(feature = "device")]
+    if query.dtype() == key.dtype()
+        && query.dtype() == value.dtype()
+        && let Some(plans) = device::attention::plans(&query.device(), query.dtype(), heads)
+    {
+        let op = device::attention::Attention { heads, ranges: ranges.clone(), plans };
+        return device::op::apply(op, vec![query.into(), key.into(), value.into()]);
     }
     attention_reference(query, key, value, heads, ranges)
 }

@@ -4,6 +4,8 @@ use burn::tensor::{Int, Tensor, TensorData};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
@@ -17,6 +19,12 @@ use crate::{
 pub fn gather_rows(x: Tensor<2>, rows: Arc<Vec<u32>>) -> Tensor<2> {
     if host_op::runs_on(&x.device()) {
         return host_op::apply(GatherRows { rows }, vec![x.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&x.device(), x.dtype()) {
+        let [row_count, _] = x.dims();
+        assert!(rows.iter().all(|&row| (row as usize) < row_count), "picks below the {row_count} rows there are");
+        return device::op::apply(device::gather_rows::GatherRows { rows, row_count }, vec![x.into()]);
     }
     gather_rows_reference(x, &rows)
 }

@@ -4,6 +4,8 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 use std::sync::Arc;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     gemm_call::{View, multiply},
     host_op::{self, Forward, HostArray, HostOp},
@@ -17,6 +19,14 @@ pub fn grouped_matmul(x: Tensor<2>, weights: Tensor<3>, offsets: Arc<Vec<usize>>
     assert_eq!(offsets.len(), weights.dims()[0] + 1, "one offset more than groups");
     if host_op::runs_on(&x.device()) {
         return host_op::apply(GroupedMatmul { offsets }, vec![x.into(), weights.into()]);
+    }
+    #[cfg(feature = "device")]
+    if x.dtype() == weights.dtype()
+        && let [_, inner, outer] = weights.dims()
+        && let Some(cut) = device::grouped_matmul::cut(&x.device(), x.dtype(), inner, outer)
+    {
+        let op = device::grouped_matmul::GroupedMatmul { offsets, cut };
+        return device::op::apply(op, vec![x.into(), weights.into()]);
     }
     grouped_matmul_reference(x, weights, &offsets)
 }

@@ -2,7 +2,8 @@
 //!
 //! A [`HostOp`] is a forward and a hand-written backward pass over `f32` slices. [`apply`] runs one on burn's `flex`
 //! backend, reading the tensors' memory in place and recording the backward pass when the inputs are tracked.
-//! Other backends never come here: each operation's public function falls back to its plain-tensor form there.
+//! Other backends never come here: each operation's public function takes its form for devices there
+//! (`device`, with the features for them), or falls back to its plain-tensor form.
 
 use std::{fmt::Debug, sync::Arc};
 
@@ -79,6 +80,13 @@ pub fn apply<const D: usize>(op: impl HostOp, inputs: Vec<AnyTensor>) -> Tensor<
 
 /// A tensor of any rank, so that operands of different ranks can stand in one list.
 pub struct AnyTensor(burn::backend::DispatchTensor);
+
+#[cfg(feature = "device")]
+impl AnyTensor {
+    pub(crate) fn into_dispatch(self) -> burn::backend::DispatchTensor {
+        self.0
+    }
+}
 
 impl<const D: usize> From<Tensor<D>> for AnyTensor {
     fn from(tensor: Tensor<D>) -> Self {

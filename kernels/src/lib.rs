@@ -1,13 +1,16 @@
 //! Tensor operations of limbeck. Knows tensors, not recipes, caches or models.
 //!
 //! Each operation has a plain-tensor form that runs on any burn backend, and a form over host slices with a
-//! hand-written derivative that runs on burn's `flex`; the two are compared in value and gradient. [`oracle`] holds f64
-//! loops for what a loss is made of: softmax, top-k, cross-entropy and divergences.
+//! hand-written derivative that runs on burn's `flex`; the two are compared in value and gradient. With the features `wgpu`
+//! or `cuda` there are forms of kernels for a device as well, in `device` and in [`fused_linear_distill`]. [`oracle`] holds
+//! f64 loops for what a loss is made of: softmax, top-k, cross-entropy and divergences.
 //!
 //! Shape letters: N tokens, D width, V vocabulary, K kept ids, E groups (experts).
 
 pub mod adamw;
 pub mod attention;
+#[cfg(feature = "cube")]
+pub mod device;
 pub mod divergence;
 pub mod fused_linear_distill;
 pub mod gather_rows;

@@ -3,6 +3,8 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
@@ -17,6 +19,10 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     if host_op::runs_on(&x.device()) {
         return host_op::apply(RmsNorm { eps }, vec![x.into(), weight.into()]);
     }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&x.device(), x.dtype()) && x.dtype() == weight.dtype() {
+        return device::op::apply(device::rms_norm::RmsNorm { eps }, vec![x.into(), weight.into()]);
+    }
     rms_norm_reference(x, eps) * weight.unsqueeze()
 }
 
@@ -27,6 +33,10 @@ pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
 pub fn unit_rms(x: Tensor<2>, eps: f32) -> Tensor<2> {
     if host_op::runs_on(&x.device()) {
         return host_op::apply(RmsNorm { eps }, vec![x.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&x.device(), x.dtype()) {
+        return device::op::apply(device::rms_norm::RmsNorm { eps }, vec![x.into()]);
     }
     rms_norm_reference(x, eps)
 }

@@ -4,6 +4,8 @@ use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 use std::{collections::HashMap, sync::Arc};
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
@@ -25,6 +27,8 @@ pub struct RotaryTable {
     pub cosines: Arc<Vec<f32>>,
     pub sines: Arc<Vec<f32>>,
     pub pairing: Pairing,
+    #[cfg(feature = "device")]
+    pub(crate) uploaded: device::rotary::Uploaded,
 }
 
 impl RotaryTable {
@@ -50,7 +54,13 @@ impl RotaryTable {
             rows.iter().for_each(|row| all.extend_from_slice(&each[row * width..][..width]));
             Arc::new(all)
         };
-        RotaryTable { cosines: of_all(f32::cos), sines: of_all(f32::sin), pairing }
+        RotaryTable {
+            cosines: of_all(f32::cos),
+            sines: of_all(f32::sin),
+            pairing,
+            #[cfg(feature = "device")]
+            uploaded: Default::default(),
+        }
     }
 }
 
@@ -90,6 +100,10 @@ impl RotaryTable {
 pub fn rotary(x: Tensor<2>, head_dim: usize, table: &RotaryTable) -> Tensor<2> {
     if host_op::runs_on(&x.device()) {
         return host_op::apply(Rotary { head_dim, table: table.clone() }, vec![x.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&x.device(), x.dtype()) {
+        return device::op::apply(device::rotary::Rotary { head_dim, table: table.clone() }, vec![x.into()]);
     }
     rotary_reference(x, head_dim, table)
 }

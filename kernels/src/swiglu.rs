@@ -3,6 +3,8 @@
 use burn::tensor::{Tensor, activation::silu};
 use rayon::prelude::*;
 
+#[cfg(feature = "device")]
+use crate::device;
 use crate::{
     host_op::{self, Forward, HostArray, HostOp},
     rows::{par_rows, row_chunk},
@@ -16,6 +18,10 @@ use crate::{
 pub fn swiglu(gate_up: Tensor<2>) -> Tensor<2> {
     if host_op::runs_on(&gate_up.device()) {
         return host_op::apply(Swiglu, vec![gate_up.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&gate_up.device(), gate_up.dtype()) {
+        return device::op::apply(device::swiglu::Swiglu, vec![gate_up.into()]);
     }
     swiglu_reference(gate_up)
 }
@@ -33,6 +39,10 @@ pub fn swiglu_reference(gate_up: Tensor<2>) -> Tensor<2> {
 pub fn gated_silu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     if host_op::runs_on(&gate.device()) {
         return host_op::apply(Swiglu, vec![gate.into(), up.into()]);
+    }
+    #[cfg(feature = "device")]
+    if device::op::runs_on(&gate.device(), gate.dtype()) && gate.dtype() == up.dtype() {
+        return device::op::apply(device::swiglu::Swiglu, vec![gate.into(), up.into()]);
     }
     silu(gate) * up
 }

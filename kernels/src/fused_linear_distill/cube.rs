@@ -19,7 +19,7 @@ pub const STATISTICS: usize = 5;
 /// Threads of a row where its few kept ids are looked at.
 pub const FEW_UNITS: usize = 64;
 /// Threads of a row of logits.
-pub const UNITS: usize = 256;
+pub use crate::device::cube::UNITS;
 
 /// Takes the kept logits that lie in the tile out of it, and copies the label's. One cube per row.
 #[cube(launch, create_dummy_kernel)]

@@ -8,7 +8,6 @@
 
 use burn::tensor::DType;
 use burn_cubecl::{
-    CubeDevice,
     cubecl::{
         client::Client,
         ir::{AddressType, ElemType},
@@ -22,23 +21,17 @@ use burn_cubecl::{
 use super::{
     LossSettings, RowTargets, Weigh,
     cube::{self, FEW_UNITS, NOTHING, STATISTICS, UNITS},
-    device_tensors::{
-        Room, buffer, download, element, multiply, per_number, per_row, rows, stride, transposed, upload,
-    },
     host::{Output, Wanted},
     rows::{Mass, RowStatistics},
     sharded::{self, ShardStatistics},
     tiles::{BUDGET, Problem, Tiles},
 };
+use crate::device::tensors::{
+    Room, buffer, download, element, multiply, per_number, per_row, rows, stride, takes, transposed, upload,
+};
 
 /// Gradients on the device: of the hidden states, and of the head.
 pub type DeviceGradients = (Option<CubeTensor>, Option<CubeTensor>);
-
-/// Whether the kernels can run on a device, with operands of this type.
-pub fn takes(device: &CubeDevice, dtype: DType) -> bool {
-    let client = device.client();
-    element(dtype).is_some() && client.properties().hardware.max_units_per_cube as usize >= UNITS
-}
 
 /// Runs the operation. The gradients are in the operands' type, and not in [`Output`].
 ///

@@ -18,9 +18,11 @@ use burn_cubecl::{
 use super::{
     cube::{self, FEW_UNITS},
     device::{DeviceGradients, DeviceShard, dims},
-    device_tensors::{Room, buffer, columns, element, multiply, per_number, per_row, rows, stride, transposed, upload},
     host::Wanted,
     sharded::Finished,
+};
+use crate::device::tensors::{
+    Room, buffer, columns, element, multiply, per_number, per_row, rows, stride, transposed, upload,
 };
 
 impl DeviceShard<'_> {

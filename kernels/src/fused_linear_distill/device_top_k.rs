@@ -8,10 +8,10 @@ use super::{
     cube::{self, FEW_UNITS, NOTHING, STATISTICS, UNITS},
     cube_top_k,
     device::DeviceShard,
-    device_tensors::{Room, buffer, download, multiply, per_row, rows, transposed, upload},
     rows::{Mass, RowStatistics},
 };
 use crate::{
+    device::tensors::{Room, buffer, download, multiply, per_row, rows, transposed, upload},
     divergence::Divergence,
     selection::{RowSummary, SelectedRow},
 };

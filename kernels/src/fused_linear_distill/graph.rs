@@ -72,9 +72,9 @@ pub fn linear_distill(
 
 /// Whether there is more than plain tensor operations for these operands.
 fn has_node(hidden: &Tensor<2>) -> bool {
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
-    if let burn::backend::DispatchDevice::Cube(device) = hidden.device().inner().as_dispatch() {
-        return super::device::takes(device, hidden.dtype());
+    #[cfg(feature = "device")]
+    if crate::device::op::runs_on(&hidden.device(), hidden.dtype()) {
+        return true;
     }
     host_op::runs_on(&hidden.device())
 }

@@ -21,8 +21,6 @@ mod device_gradients;
 #[cfg(feature = "device")]
 mod device_node;
 #[cfg(feature = "device")]
-mod device_tensors;
-#[cfg(feature = "device")]
 pub mod device_top_k;
 pub mod graph;
 pub mod host;

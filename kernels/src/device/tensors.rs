@@ -1,10 +1,12 @@
-//! Tensors of a device as the driver needs them: views of rows and columns, scratch room, and products into it.
+//! Tensors of a device as a driver needs them: memory as a kernel takes it, new tensors, views of rows and columns,
+//! scratch room, and products into it.
 
 use burn::tensor::{DType, Shape};
 use burn_cubecl::{
+    CubeDevice,
     cubecl::{
         client::Client,
-        ir::{ElemType, FloatKind},
+        ir::{AddressType, ElemType, FloatKind},
         prelude::*,
         server::Handle,
     },
@@ -58,6 +60,44 @@ pub fn buffer(handle: &Handle, count: usize, element: usize) -> BufferArg {
     unsafe { BufferArg::from_raw_parts(handle.clone(), count) }
 }
 
+/// A kernel's operand: all elements of a tensor without gaps.
+pub fn whole(tensor: &CubeTensor) -> BufferArg {
+    assert!(tensor.is_contiguous(), "a tensor without gaps");
+    buffer(&tensor.handle, tensor.meta.num_elements(), tensor.dtype.size())
+}
+
+/// The same, `size` neighbouring elements at a time.
+pub fn vectors(tensor: &CubeTensor, size: usize) -> BufferArg {
+    let count = tensor.meta.num_elements();
+    assert!(tensor.is_contiguous() && count.is_multiple_of(size), "a tensor without gaps, of whole vectors");
+    buffer(&tensor.handle, count / size, tensor.dtype.size() * size)
+}
+
+/// How many neighbouring elements a kernel reads at once where rows have so many: what the device reads best, and whole
+/// vectors in each row.
+pub fn vector_size(like: &CubeTensor, width: usize) -> usize {
+    let mut sizes = like.client.io_optimized_vector_sizes(like.dtype.size());
+    sizes.find(|&size| width.is_multiple_of(size)).unwrap_or(1)
+}
+
+/// What a place in the largest of these tensors is counted with.
+pub fn address(tensors: &[&CubeTensor]) -> AddressType {
+    AddressType::from_len(tensors.iter().map(|tensor| tensor.meta.num_elements()).max().unwrap_or(0))
+}
+
+/// A row-major tensor on the device of `like`, of which nothing is written yet. There is memory behind an empty one too.
+pub fn empty(like: &CubeTensor, shape: impl Into<Vec<usize>>, dtype: DType) -> CubeTensor {
+    let shape = Shape::from(shape.into());
+    let handle = like.client.empty(shape.num_elements().max(1) * dtype.size());
+    CubeTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, handle, dtype)
+}
+
+/// Whether the kernels can run on a device, with operands of this type.
+pub fn takes(device: &CubeDevice, dtype: DType) -> bool {
+    let client = device.client();
+    element(dtype).is_some() && client.properties().hardware.max_units_per_cube as usize >= UNITS
+}
+
 /// Numbers on the device. Never empty, which not every device can bind.
 pub fn upload<T: bytemuck::NoUninit + Default>(client: &Client, values: &[T]) -> Handle {
     if values.is_empty() {
@@ -96,6 +136,22 @@ pub fn multiply(a: CubeTensor, b: CubeTensor, room: &Room) -> CubeTensor {
     let output = room.matrix(a.meta.shape()[0], b.meta.shape()[1]);
     matmul(a, b, Some(output), MatmulStrategy::default(), DType::F32)
         .unwrap_or_else(|error| panic!("the device has no product of these matrices: {error:?}"))
+}
+
+/// So many cubes: in one row as far as every device goes, and in more rows beyond that, so that the last may have no work.
+pub fn cubes(count: usize) -> CubeCount {
+    const MOST: usize = 65_535;
+    let across = count.clamp(1, MOST);
+    CubeCount::Static(across as u32, count.div_ceil(across).max(1) as u32, 1)
+}
+
+/// Cubes for so many threads.
+pub fn threads(count: usize) -> (CubeCount, CubeDim) {
+    (cubes(count.div_ceil(UNITS)), cube_dim())
+}
+
+pub fn cube_dim() -> CubeDim {
+    CubeDim::new_1d(UNITS as u32)
 }
 
 /// One cube per row.
