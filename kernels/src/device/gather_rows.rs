@@ -118,15 +118,3 @@ impl DeviceOp for GatherRows {
         vec![Some(x_grad)]
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn picks_of_a_row_stay_in_their_order() {
-        let sorted = Sorted::new(&[3, 3, 0, 4, 3, 0], 5);
-        assert_eq!(sorted, Sorted { places: vec![2, 5, 0, 1, 4, 3], starts: vec![0, 2, 2, 2, 5, 6] });
-        assert_eq!(Sorted::new(&[], 2), Sorted { places: vec![], starts: vec![0, 0, 0] });
-    }
-}
