@@ -116,14 +116,17 @@ def main():
             cells.append(" / ".join(str(value) for value in found))
         shared = re.match(r"// (\d+) bytes of shared memory", path.read_text())
         cells.append(shared[1] if shared else "?")
+        # Of the last architecture; all have the same.
+        products = len(re.findall(r"^\s*wmma\.mma", ptx or "", re.MULTILINE))
+        cells.append(str(products) if products else "")
         # One line for all types that need the same.
         name, _, element = path.stem.rpartition("_")
         if element not in ELEMENTS:
             name, element = path.stem, ""
         rows.setdefault((name, tuple(cells)), []).append(element)
     print(f"NVRTC {nvrtc.version}, {len(files)} kernels; per architecture registers / bytes spilled.\n")
-    print("| kernel | " + " | ".join(architectures) + " | bytes of shared memory |")
-    print("|---|" + "---|" * (len(architectures) + 1))
+    print("| kernel | " + " | ".join(architectures) + " | bytes of shared memory | matrix instructions |")
+    print("|---|" + "---|" * (len(architectures) + 2))
     for (name, cells), elements in rows.items():
         elements = " " + ", ".join(elements) if elements != [""] else ""
         print(f"| `{name}`{elements} | " + " | ".join(cells) + " |")

@@ -121,8 +121,9 @@ fn check(what: &str, case: &Case, run: impl Fn(&[Tensor<2>]) -> Tensor<2>) {
             assert_eq!((grad.dims(), grad.dtype()), (input.dims(), input.dtype()), "{what}");
             off.push(worst(&values(grad), truth, rounding(dtype)));
         }
-        println!("{what} {dtype:?}: {off:.1e?}");
-        assert!(off.iter().all(|&off| off <= BOUND), "{what} {dtype:?}: {off:.1e?}");
+        let written = off.iter().map(|off| format!("{off:.1e}")).collect::<Vec<_>>().join(", ");
+        println!("{what} {dtype:?}: {written}");
+        assert!(off.iter().all(|&off| off <= BOUND), "{what} {dtype:?}: {written}");
     }
 }
 

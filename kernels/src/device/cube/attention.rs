@@ -201,6 +201,13 @@ pub fn seen(ranges: &[u32], row: usize, end: usize, seat: &Seat, #[comptime] gro
     (first, last)
 }
 
+/// The place counted from the last of so many. Outside a kernel, where counts and places are constants that mean nothing,
+/// a subtraction written out would be refused.
+#[cube]
+pub fn from_last(count: u32, place: u32) -> u32 {
+    count - 1 - place
+}
+
 /// Attention of a tile of rows: x counts tiles from the last row on, which sees most, y key heads, z sequences. `ranges`
 /// begins with the first key of every token; `log_sums` has a number per token and head, token by token.
 #[cube(launch, create_dummy_kernel, address_type = "dynamic")]
@@ -223,7 +230,7 @@ pub fn attention_forward<E: Float, N: Size>(
     let size = N::value();
     let seat = Seat { start: CUBE_POS_Z as usize * length, length, key_head: CUBE_POS_Y as usize };
     let end = length * group;
-    let first_row = (CUBE_COUNT_X - 1 - CUBE_POS_X) as usize * side;
+    let first_row = from_last(CUBE_COUNT_X, CUBE_POS_X) as usize * side;
     let last_row = min(first_row + side, end) - 1;
 
     let mut rows = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(plan.operand_size() / size), 32usize);

@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 
 use super::{
     UNITS,
-    attention::{AttentionPlan, Seat, products, read_rows, seen, write_panel},
+    attention::{AttentionPlan, Seat, from_last, products, read_rows, seen, write_panel},
     lane_sum, product,
 };
 
@@ -137,7 +137,7 @@ pub fn attention_query_gradient<E: Float, N: Size>(
     let size = N::value();
     let seat = Seat { start: CUBE_POS_Z as usize * length, length, key_head: CUBE_POS_Y as usize };
     let end = length * group;
-    let first_row = (CUBE_COUNT_X - 1 - CUBE_POS_X) as usize * side;
+    let first_row = from_last(CUBE_COUNT_X, CUBE_POS_X) as usize * side;
     let last_row = min(first_row + side, end) - 1;
 
     let mut rows = Shared::<[Vector<E, N>]>::new_aligned_slice(comptime!(plan.operand_size() / size), 32usize);

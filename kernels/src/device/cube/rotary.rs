@@ -50,13 +50,15 @@ pub fn turn_neighbours<E: Float, N: Size>(
     #[define(E)] _element: ElemType,
 ) {
     let at = ABSOLUTE_POS;
+    let size = N::value();
+    let pairs = comptime!(size / 2);
     if at < count {
-        let pair = at * comptime!(N::value() / 2);
+        let pair = at * pairs;
         let angle = pair / half / heads * half + pair % half;
         let value = Vector::<f32, N>::cast_from(x[at]);
         let mut turned = Vector::<f32, N>::empty();
         #[unroll]
-        for member in 0..comptime!(N::value() / 2) {
+        for member in 0..pairs {
             let cosine = cosines[angle + member];
             let sine = sines[angle + member] * sign;
             let a = value.extract(comptime!(2 * member));
