@@ -22,8 +22,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use limbeck::Result;
+use limbeck_kernels::large_blocks::LargeBlocks;
 
 use cli::{Cli, Command};
+
+/// Tensors come and go with every step.
+#[global_allocator]
+static ALLOCATOR: LargeBlocks = LargeBlocks;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

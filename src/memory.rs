@@ -24,9 +24,10 @@ pub(crate) fn free() -> Option<u64> {
     Some(free).filter(|&bytes| bytes > 0)
 }
 
-/// Gives the system back what was freed and the allocator keeps, where it can be told to: what comes next is of other
+/// Gives the system back what was freed and allocators keep, where it can be told to: what comes next is of other
 /// sizes, and would stand beside it.
 pub(crate) fn give_back_freed() {
+    limbeck_kernels::large_blocks::release();
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: it takes the allocator's own locks, and touches no memory that is in use.
     unsafe {

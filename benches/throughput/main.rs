@@ -26,9 +26,13 @@ use limbeck::{
     checkpoint::{CheckpointReader, read_safetensors},
     models::{Decoder, RandomWeights, llama4::shapes, parameter::CheckpointWeights, read_config},
 };
-use limbeck_kernels::packed_matmul::Numbers;
+use limbeck_kernels::{large_blocks::LargeBlocks, packed_matmul::Numbers};
 use student::student;
 use teacher::teacher;
+
+/// As the program has it.
+#[global_allocator]
+static ALLOCATOR: LargeBlocks = LargeBlocks;
 
 fn main() -> Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();

@@ -61,8 +61,11 @@ impl GroupedMatmul {
         let mut blocks = vec![];
         for (group, bounds) in self.offsets.windows(2).enumerate() {
             let rows = bounds[1] - bounds[0];
+            if rows == 0 {
+                continue;
+            }
             // Blocks of nearly equal height.
-            let height = rows.div_ceil(rows.div_ceil(ROW_BLOCK).max(1)).max(1);
+            let height = rows.div_ceil(rows.div_ceil(ROW_BLOCK));
             for first in (bounds[0]..bounds[1]).step_by(height) {
                 let count = height.min(bounds[1] - first);
                 let (rows, after) = rest.split_at_mut(count * width);

@@ -17,6 +17,7 @@ pub mod gather_rows;
 mod gemm_call;
 pub mod grouped_matmul;
 pub mod host_op;
+pub mod large_blocks;
 pub mod linear;
 pub mod logsumexp_gather;
 pub mod norms;

@@ -42,12 +42,12 @@ impl BlockSums {
         let blocks = before + entries.len().div_ceil(BLOCK);
         self.largest.resize(blocks, f32::NEG_INFINITY);
         self.masses.resize(blocks, 0.0);
-        let places = self.largest[before..].iter_mut().zip(&mut self.masses[before..]);
+        let mut places = self.largest[before..].iter_mut().zip(&mut self.masses[before..]);
         let inverse = 1.0 / temperature;
         vectorised(
             #[inline(always)]
             || {
-                for (block, (largest, mass)) in entries.chunks(BLOCK).zip(places) {
+                for (block, (largest, mass)) in entries.chunks(BLOCK).zip(places.by_ref()) {
                     *largest = block_largest(block);
                     *mass = block_mass(block, *largest, inverse);
                 }
@@ -127,17 +127,23 @@ impl<'a> RowMasses<'a> {
     /// `largest` is the largest entry of the row, or of a longer one that it is a part of. A row with a NaN, or without a
     /// finite largest entry, has a total that is not finite.
     pub(crate) fn new(row: &'a [f32], largest: f32, temperature: f32) -> Self {
-        Self::of_sums(row, BlockSums::new(row, temperature), largest, temperature)
+        let sums = BlockSums::new(row, temperature);
+        Self::of_sums(row, &sums.largest, sums.masses, largest, temperature)
     }
 
-    /// The same, where the blocks are added up already.
-    pub(crate) fn of_sums(row: &'a [f32], sums: BlockSums, largest: f32, temperature: f32) -> Self {
-        let BlockSums { largest: maxima, masses: mut blocks } = sums;
+    /// The same, where the blocks are added up already: those of [`BlockSums`] at this temperature.
+    pub(crate) fn of_sums(
+        row: &'a [f32],
+        maxima: &[f32],
+        mut blocks: Vec<f32>,
+        largest: f32,
+        temperature: f32,
+    ) -> Self {
         let inverse = 1.0 / temperature;
         vectorised(
             #[inline(always)]
             || {
-                for (mass, &own) in blocks.iter_mut().zip(&maxima) {
+                for (mass, &own) in blocks.iter_mut().zip(maxima) {
                     // A NaN stays one, and what is infinitely small is nothing.
                     *mass *= if own == f32::NEG_INFINITY { 1.0 } else { exp((own - largest) * inverse) };
                 }

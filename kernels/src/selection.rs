@@ -122,8 +122,7 @@ pub fn select_products(
     });
     drop(span);
     let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
-    let mut sums = vec![BlockSums::default(); places.len()];
-    sums.iter_mut().for_each(|sums| *sums = BlockSums::with_capacity(vocab.div_ceil(BLOCK)));
+    let mut sums: Vec<_> = places.iter().map(|_| BlockSums::with_capacity(vocab.div_ceil(BLOCK))).collect();
     // Pieces come in the order of their columns, and are cut between blocks.
     const { assert!(BLOCK.is_multiple_of(PANEL)) };
     for (first_row, rows, piece) in pieces {
@@ -168,9 +167,9 @@ enum Weights {
 
 /// `sums` are those of the row at the first temperature.
 fn select_row(row: &[f32], sums: BlockSums, place: &RowPlace, rule: Rule, temperatures: &[f32]) -> SelectedRow {
-    let maxima = sums.largest.clone();
+    let BlockSums { largest: maxima, masses } = sums;
     let largest = max(&maxima);
-    let first = RowMasses::of_sums(row, sums, largest, temperatures[0]);
+    let first = RowMasses::of_sums(row, &maxima, masses, largest, temperatures[0]);
     if !first.total().is_finite() {
         let unknown = RowSummary { log_probs: vec![f32::NAN], log_tail: f32::NAN, label_log_prob: f32::NAN };
         return SelectedRow { ids: vec![0], summaries: vec![unknown; temperatures.len()], log_normalizer: f32::NAN };

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::{
     divergence::log_sum_exp,
-    row_masses::{RowMasses, block_maxima},
+    row_masses::{BlockSums, RowMasses, block_maxima},
     selection::{RowSummary, Rule, SelectedRow},
     top_k::{by_logit, largest_ids},
     vector_math::max,
@@ -96,8 +96,8 @@ pub fn largest(shard: Shard<'_>) -> Vec<f32> {
 pub fn candidates(shard: Shard<'_>, largest: &[f32], rule: Rule, first_temperature: f32) -> Vec<Candidates> {
     let most = most(rule).expect("a rule that does not draw");
     let of_row = |row: &[f32], largest: f32| {
-        let maxima = block_maxima(row);
-        let masses = RowMasses::new(row, largest, first_temperature);
+        let BlockSums { largest: maxima, masses } = BlockSums::new(row, first_temperature);
+        let masses = RowMasses::of_sums(row, &maxima, masses, largest, first_temperature);
         let total_at_one =
             if first_temperature == 1.0 { masses.total() } else { RowMasses::new(row, largest, 1.0).total() };
         let most = most.min(row.len());

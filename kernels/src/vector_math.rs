@@ -2,7 +2,7 @@
 //!
 //! Reductions run in sixteen fixed lanes, so that a result does not depend on the vector width chosen at run time.
 
-use pulp::Arch;
+use pulp::{Arch, NullaryFnOnce};
 
 const LANES: usize = 16;
 
@@ -44,7 +44,7 @@ fn fold(values: &[f32], start: f32, lane: impl Fn(f32, f32) -> f32, join: impl F
 
 /// The largest value, `-inf` for an empty slice; NaN is passed over.
 pub fn max(values: &[f32]) -> f32 {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || fold(values, f32::NEG_INFINITY, |a, b| if b > a { b } else { a }, |a, b| if b > a { b } else { a }),
     )
@@ -54,7 +54,7 @@ pub fn max(values: &[f32]) -> f32 {
 pub fn sum_exp(values: &[f32], shift: f32) -> f32 {
     const STRETCH: usize = 2048;
     let sum = |stretch: &[f32]| {
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || fold(stretch, 0.0, |sum, value| sum + exp(value - shift), |a, b| a + b),
         )
@@ -73,7 +73,7 @@ pub fn log_sum_exp(values: &[f32]) -> f32 {
 
 /// Replaces each value by `exp(value - shift)` and returns their sum.
 pub fn exp_in_place(values: &mut [f32], shift: f32) -> f32 {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for value in values.iter_mut() {
@@ -86,7 +86,7 @@ pub fn exp_in_place(values: &mut [f32], shift: f32) -> f32 {
 
 /// Writes `scale * exp(value - shift)`.
 pub fn scaled_exp(values: &[f32], shift: f32, scale: f32, output: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for (out, &value) in output.iter_mut().zip(values) {
@@ -98,7 +98,7 @@ pub fn scaled_exp(values: &[f32], shift: f32, scale: f32, output: &mut [f32]) {
 
 /// Sums of `exp(factor * (value - shift))` and of the squares of that, in f32 lanes: for short stretches.
 pub fn sum_exp_and_squares(values: &[f32], shift: f32, factor: f32) -> (f32, f32) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             let (mut sums, mut squares) = ([0.0f32; LANES], [0.0f32; LANES]);
@@ -123,7 +123,7 @@ pub fn sum_exp_and_squares(values: &[f32], shift: f32, factor: f32) -> (f32, f32
 
 /// Replaces each value by `scale * exp(factor * (value - shift))`.
 pub fn scaled_exp_in_place(values: &mut [f32], shift: f32, factor: f32, scale: f32) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for value in values.iter_mut() {
@@ -136,7 +136,7 @@ pub fn scaled_exp_in_place(values: &mut [f32], shift: f32, factor: f32, scale: f
 /// The largest value of each column of row-major `values` and the first row that has it, if it is larger than what
 /// `largest` has.
 pub fn max_columns(values: &[f32], largest: &mut [f32], rows: &mut [u32]) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for (number, row) in values.chunks_exact(largest.len()).enumerate() {
@@ -159,7 +159,7 @@ pub fn sum_exp_columns(values: &[f32], shift: &[f32], factor: f32, sums: &mut [f
     for stretch in values.chunks(STRETCH * width) {
         part.fill(0.0);
         part_squares.fill(0.0);
-        Arch::new().dispatch(
+        vectorised(
             #[inline(always)]
             || {
                 for row in stretch.chunks_exact(width) {
@@ -181,7 +181,7 @@ pub fn sum_exp_columns(values: &[f32], shift: &[f32], factor: f32, sums: &mut [f
 
 /// Writes `scale * exp(factor * (value - shift))` of each value, with its column's scale and shift.
 pub fn scaled_exp_columns(values: &[f32], shift: &[f32], factor: f32, scale: &[f32], output: &mut [f32]) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for (row, output) in values.chunks_exact(shift.len()).zip(output.chunks_exact_mut(shift.len())) {
@@ -201,7 +201,7 @@ pub fn add_scaled_exp_columns(
     scale: [&[f32]; 2],
     output: &mut [f32],
 ) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             let width = shift[0].len();
@@ -217,7 +217,7 @@ pub fn add_scaled_exp_columns(
 
 /// Sum of products.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             let mut lanes = [0.0f32; LANES];
@@ -238,7 +238,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// `y += scale * x`.
 pub fn add_scaled(y: &mut [f32], scale: f32, x: &[f32]) {
-    Arch::new().dispatch(
+    vectorised(
         #[inline(always)]
         || {
             for (y, &x) in y.iter_mut().zip(x) {
@@ -251,8 +251,21 @@ pub fn add_scaled(y: &mut [f32], scale: f32, x: &[f32]) {
 /// Runs a closure with the widest vector instructions of this processor switched on; write it as plain loops and
 /// mark it `#[inline(always)]`.
 #[inline(always)]
-pub fn vectorised<R>(body: impl FnOnce() -> R) -> R {
-    Arch::new().dispatch(body)
+pub fn vectorised<R>(body: impl FnMut() -> R) -> R {
+    Arch::new().dispatch(Body(body))
+}
+
+/// A closure called by reference: called by value it would be called through a function of the compiler's, which may stay one
+/// of its own, and that one is for processors without wide vectors.
+struct Body<F>(F);
+
+impl<R, F: FnMut() -> R> NullaryFnOnce for Body<F> {
+    type Output = R;
+
+    #[inline(always)]
+    fn call(mut self) -> R {
+        (self.0)()
+    }
 }
 
 #[cfg(test)]
