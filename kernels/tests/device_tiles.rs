@@ -29,9 +29,9 @@ use limbeck_kernels::{
 /// before they are multiplied, and the results again.
 fn bound(dtype: DType) -> f64 {
     match dtype {
-        DType::F32 => 1e-5,
-        DType::F16 => 4e-3,
-        _ => 3e-2,
+        DType::F32 => 5e-6,
+        DType::F16 => 1e-3,
+        _ => 8e-3,
     }
 }
 

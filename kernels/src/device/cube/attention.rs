@@ -112,8 +112,8 @@ pub fn read_rows<E: Float, N: Size>(
     let across = comptime!(plan.panels() * plan.side() / size);
     let count = comptime!(plan.side() * across);
     let units = comptime!(plan.tile.units());
-    // Several reads on their way at once, where there are few enough.
-    #[unroll(comptime!(count / units <= 16))]
+    // Several reads on their way at once where that is worth the text, which some compilers take long for.
+    #[unroll(comptime!(plan.tile.tensor_cores && count / units <= 16))]
     for turn in 0..comptime!(count.div_ceil(units)) {
         let place = turn * units + UNIT_POS as usize;
         if place < count {
@@ -128,11 +128,14 @@ pub fn read_rows<E: Float, N: Size>(
     }
 }
 
-/// Writes one panel of stored sums, each row times its factor, to rows before `end`.
+/// Writes one panel of sums to rows before `end`, each row times its factor of those from `first_factor` on. `scratch` has
+/// room for stored sums. All units of the cube come here, after they met, and meet before they leave if they need to.
 #[cube]
 pub fn write_panel<E: Float, N: Size>(
-    sums: &[f32],
+    sums: &product::Sums,
+    scratch: &mut [f32],
     factors: &[f32],
+    first_factor: usize,
     target: &mut [Vector<E, N>],
     #[comptime] panel: usize,
     first: usize,
@@ -142,23 +145,48 @@ pub fn write_panel<E: Float, N: Size>(
     #[comptime] plan: AttentionPlan,
 ) {
     let size = N::value();
-    let across = comptime!(plan.side() / size);
-    let count = comptime!(plan.side() * across);
-    let mut place = UNIT_POS as usize;
-    while place < count {
-        let row = place / across;
-        let column = place % across * size;
-        if first + row < end && column + comptime!(panel * plan.side()) < comptime!(plan.head_dim) {
-            let from = row * comptime!(plan.tile.sums_stride()) + column;
-            let mut value = Vector::<E, N>::empty();
-            #[unroll]
-            for lane in 0..size {
-                value.insert(lane, E::cast_from(sums[from + lane] * factors[row]));
+    let tile = comptime!(plan.tile);
+    if comptime!(!tile.tensor_cores && size == 1) {
+        let own = comptime!(tile.own());
+        #[unroll]
+        for i in 0..comptime!(own.0) {
+            let row = product::register_row(i, tile);
+            if first + row < end {
+                let at = seat.element(first + row, group, plan);
+                let factor = factors[first_factor + row];
+                #[unroll]
+                for j in 0..comptime!(own.1) {
+                    let column = product::register_column(j, tile) + comptime!(panel * plan.side());
+                    if column < comptime!(plan.head_dim) {
+                        let sum = sums.registers[comptime!(i * own.1 + j)];
+                        target[at + column] = Vector::<E, N>::new(E::cast_from(sum * factor));
+                    }
+                }
             }
-            let at = seat.element(first + row, group, plan) + column + comptime!(panel * plan.side());
-            target[at / size] = value;
         }
-        place += comptime!(plan.tile.units());
+    } else {
+        product::store(sums, scratch, tile);
+        sync_cube();
+        let across = comptime!(plan.side() / size);
+        let count = comptime!(plan.side() * across);
+        let mut place = UNIT_POS as usize;
+        while place < count {
+            let row = place / across;
+            let column = place % across * size;
+            if first + row < end && column + comptime!(panel * plan.side()) < comptime!(plan.head_dim) {
+                let from = row * comptime!(tile.sums_stride()) + column;
+                let factor = factors[first_factor + row];
+                let mut value = Vector::<E, N>::empty();
+                #[unroll]
+                for lane in 0..size {
+                    value.insert(lane, E::cast_from(scratch[from + lane] * factor));
+                }
+                let at = seat.element(first + row, group, plan) + column + comptime!(panel * plan.side());
+                target[at / size] = value;
+            }
+            place += comptime!(tile.units());
+        }
+        sync_cube();
     }
 }
 
@@ -172,16 +200,17 @@ pub fn products<E: Float, N: Size>(
 ) {
     let tile = comptime!(plan.tile);
     let mut sums = product::zero(tile);
-    #[unroll]
+    // Written out once where panels are small and many.
+    #[unroll(comptime!(tile.tensor_cores))]
     for panel in 0..comptime!(plan.panels()) {
-        let from = comptime!(panel * plan.side());
+        let from = panel * comptime!(plan.side());
         product::multiply::<E, N, N>(
             &mut sums,
             rows,
-            from.runtime(),
+            from,
             comptime!(plan.operand()),
             keys,
-            from.runtime(),
+            from,
             comptime!(plan.operand_turned()),
             tile,
         );
@@ -306,16 +335,7 @@ pub fn attention_forward<E: Float, N: Size>(
         if moved[turn] == 1u32 {
             #[unroll]
             for panel in 0..comptime!(plan.panels()) {
-                product::store(outputs.index(panel), &mut scores, tile);
-                sync_cube();
-                let mut place = unit;
-                while place < comptime!(side * side) {
-                    scores[place / side * comptime!(tile.sums_stride()) + place % side] *= factors[place / side];
-                    place += comptime!(tile.units());
-                }
-                sync_cube();
-                product::load(outputs.index_mut(panel), &scores, tile);
-                sync_cube();
+                product::scale_rows(outputs.index_mut(panel), &factors, &mut scores, tile);
             }
         }
         turn = 1 - turn;
@@ -352,11 +372,21 @@ pub fn attention_forward<E: Float, N: Size>(
             log_sums[seat.number(first_row + row, group, plan)] = reference + total.ln();
         }
     }
+    sync_cube();
     #[unroll]
     for panel in 0..comptime!(plan.panels()) {
-        sync_cube();
-        product::store(outputs.index(panel), &mut scores, tile);
-        sync_cube();
-        write_panel::<E, N>(&scores, &factors, output, panel, first_row, end, &seat, group, plan);
+        write_panel::<E, N>(
+            outputs.index(panel),
+            &mut scores,
+            &factors,
+            0usize,
+            output,
+            panel,
+            first_row,
+            end,
+            &seat,
+            group,
+            plan,
+        );
     }
 }

@@ -204,10 +204,19 @@ pub fn attention_query_gradient<E: Float, N: Size>(
     }
     #[unroll]
     for panel in 0..comptime!(plan.panels()) {
-        product::store(sums.index(panel), &mut scores, tile);
-        sync_cube();
-        write_panel::<E, N>(&scores, &factors, query_gradient, panel, first_row, end, &seat, group, plan);
-        sync_cube();
+        write_panel::<E, N>(
+            sums.index(panel),
+            &mut scores,
+            &factors,
+            0usize,
+            query_gradient,
+            panel,
+            first_row,
+            end,
+            &seat,
+            group,
+            plan,
+        );
     }
 }
 
@@ -245,7 +254,12 @@ pub fn attention_key_gradients<E: Float, N: Size>(
     let mut weights = Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(plan.weights_size()), 32usize);
     let mut score_gradients =
         Shared::<[Vector<E, Const<1>>]>::new_aligned_slice(comptime!(plan.weights_size()), 32usize);
-    let mut factors = Shared::<[f32]>::new_slice(side);
+    // Of values, then of keys.
+    let mut factors = Shared::<[f32]>::new_slice(comptime!(2 * side));
+    if UNIT_POS < comptime!(side as u32) {
+        factors[UNIT_POS as usize] = f32::new(1.0);
+        factors[UNIT_POS as usize + side] = scale;
+    }
 
     let mut key_sums = Sequence::<product::Sums>::new();
     let mut value_sums = Sequence::<product::Sums>::new();
@@ -309,19 +323,31 @@ pub fn attention_key_gradients<E: Float, N: Size>(
     }
     #[unroll]
     for panel in 0..comptime!(plan.panels()) {
-        if UNIT_POS < comptime!(side as u32) {
-            factors[UNIT_POS as usize] = f32::new(1.0);
-        }
-        product::store(value_sums.index(panel), &mut scores, tile);
-        sync_cube();
-        write_panel::<E, N>(&scores, &factors, value_gradient, panel, first_key, length, &seat, 1usize, plan);
-        sync_cube();
-        if UNIT_POS < comptime!(side as u32) {
-            factors[UNIT_POS as usize] = scale;
-        }
-        product::store(key_sums.index(panel), &mut scores, tile);
-        sync_cube();
-        write_panel::<E, N>(&scores, &factors, key_gradient, panel, first_key, length, &seat, 1usize, plan);
-        sync_cube();
+        write_panel::<E, N>(
+            value_sums.index(panel),
+            &mut scores,
+            &factors,
+            0usize,
+            value_gradient,
+            panel,
+            first_key,
+            length,
+            &seat,
+            1usize,
+            plan,
+        );
+        write_panel::<E, N>(
+            key_sums.index(panel),
+            &mut scores,
+            &factors,
+            side,
+            key_gradient,
+            panel,
+            first_key,
+            length,
+            &seat,
+            1usize,
+            plan,
+        );
     }
 }

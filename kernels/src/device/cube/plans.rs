@@ -70,7 +70,7 @@ impl Plans {
             plans.into_iter().find(|plan| {
                 let padded = plan.panels() * plan.side();
                 let bytes = (operands * plan.operand_size() + weights * plan.weights_size()) * element.size()
-                    + (plan.sums_size() + plan.tile.units() + plan.side() + 2) * 4;
+                    + (plan.sums_size() + plan.tile.units() + 2 * plan.side() + 2) * 4;
                 let empty = (padded - heads.head_dim) * MOST_EMPTY;
                 bytes <= memory
                     && plan.tile.units() <= most_units

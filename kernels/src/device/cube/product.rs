@@ -1,9 +1,9 @@
 //! Products of tiles in a cube's shared memory, for kernels that do something between two of them: by registers, each
 //! unit a few rows by a few columns, or by the matrix instructions of tensor cores, each plane a few 16 by 16 fragments.
 //!
-//! The two have the same four steps, and whoever uses them cannot tell which it is: sums start at [`zero`], [`multiply`]
-//! adds a product, [`store`] writes them to shared memory where any unit may read them, and [`load`] takes them back.
-//! Nothing else in a kernel knows of fragments, so that a device without tensor cores checks all but these few lines.
+//! The two have the same four steps: sums start at [`zero`], [`multiply`] adds a product, [`scale_rows`] multiplies rows by
+//! factors, and [`store`] writes the sums to shared memory, where any unit may read them. Nothing else in a kernel knows of
+//! fragments, so that a device without tensor cores checks all but these few lines.
 
 // Their operands are what they are.
 #![allow(clippy::too_many_arguments)]
@@ -70,7 +70,8 @@ impl Layout {
 /// The sums of a worker. One of the two is in use.
 #[derive(CubeType)]
 pub struct Sums {
-    registers: Array<f32>,
+    /// Row by row: number `i`, `j` is at [`register_row`] and [`register_column`].
+    pub registers: Array<f32>,
     fragments: Sequence<cmma::Matrix<f32>>,
 }
 
@@ -186,20 +187,7 @@ pub fn multiply<E: Float, A: Size, B: Size>(
 pub fn store(sums: &Sums, output: &mut [f32], #[comptime] tile: Tile) {
     let own = comptime!(tile.own());
     if comptime!(tile.tensor_cores) {
-        #[unroll]
-        for i in 0..comptime!(own.0) {
-            #[unroll]
-            for j in 0..comptime!(own.1) {
-                let at = fragment_place(i, j, tile);
-                let end = output.len();
-                cmma::store(
-                    &mut output[at..end],
-                    sums.fragments.index(comptime!(i * own.1 + j)),
-                    comptime!(tile.sums_stride() as u32),
-                    MatrixLayout::RowMajor,
-                );
-            }
-        }
+        store_fragments(&sums.fragments, output, tile);
     } else {
         #[unroll]
         for i in 0..comptime!(own.0) {
@@ -211,11 +199,44 @@ pub fn store(sums: &Sums, output: &mut [f32], #[comptime] tile: Tile) {
     }
 }
 
-/// Takes back what [`store`] wrote, or what others made of it.
 #[cube]
-pub fn load(sums: &mut Sums, input: &[f32], #[comptime] tile: Tile) {
+fn store_fragments(fragments: &Sequence<cmma::Matrix<f32>>, output: &mut [f32], #[comptime] tile: Tile) {
+    let own = comptime!(tile.own());
+    #[unroll]
+    for i in 0..comptime!(own.0) {
+        #[unroll]
+        for j in 0..comptime!(own.1) {
+            let at = fragment_place(i, j, tile);
+            let end = output.len();
+            cmma::store(
+                &mut output[at..end],
+                fragments.index(comptime!(i * own.1 + j)),
+                comptime!(tile.sums_stride() as u32),
+                MatrixLayout::RowMajor,
+            );
+        }
+    }
+}
+
+/// Multiplies each row of the sums by its factor. Where there are fragments, `scratch` has room for stored sums, and nobody
+/// else reads or writes it meanwhile.
+#[cube]
+pub fn scale_rows(sums: &mut Sums, factors: &[f32], scratch: &mut [f32], #[comptime] tile: Tile) {
     let own = comptime!(tile.own());
     if comptime!(tile.tensor_cores) {
+        // Which unit holds what of a fragment is not known. By way of shared memory, where a plane looks at its own alone.
+        let first = fragment_place(0usize, 0usize, tile);
+        let first_row = first / comptime!(tile.sums_stride());
+        let across = comptime!(own.1 * FRAGMENT);
+        store_fragments(&sums.fragments, scratch, tile);
+        sync_plane();
+        let mut place = UNIT_POS as usize % comptime!(PLANE);
+        while place < comptime!(own.0 * FRAGMENT * across) {
+            let row = place / across;
+            scratch[first + row * comptime!(tile.sums_stride()) + place % across] *= factors[first_row + row];
+            place += comptime!(PLANE);
+        }
+        sync_plane();
         #[unroll]
         for i in 0..comptime!(own.0) {
             #[unroll]
@@ -223,18 +244,20 @@ pub fn load(sums: &mut Sums, input: &[f32], #[comptime] tile: Tile) {
                 let at = fragment_place(i, j, tile);
                 cmma::load_with_layout(
                     sums.fragments.index_mut(comptime!(i * own.1 + j)),
-                    &input[at..input.len()],
+                    &scratch[at..scratch.len()],
                     comptime!(tile.sums_stride() as u32),
                     MatrixLayout::RowMajor,
                 );
             }
         }
+        sync_plane();
     } else {
         #[unroll]
         for i in 0..comptime!(own.0) {
+            let factor = factors[register_row(i, tile)];
             #[unroll]
             for j in 0..comptime!(own.1) {
-                sums.registers[comptime!(i * own.1 + j)] = input[register_place(i, j, tile)];
+                sums.registers[comptime!(i * own.1 + j)] *= factor;
             }
         }
     }
@@ -253,9 +276,17 @@ fn fragment_place(#[comptime] i: usize, #[comptime] j: usize, #[comptime] tile: 
 /// Where the unit's number lies among stored sums.
 #[cube]
 fn register_place(#[comptime] i: usize, #[comptime] j: usize, #[comptime] tile: Tile) -> usize {
-    let row = UNIT_POS as usize / comptime!(tile.column_workers) + comptime!(i * tile.row_workers);
-    let column = UNIT_POS as usize % comptime!(tile.column_workers) + comptime!(j * tile.column_workers);
-    row * comptime!(tile.sums_stride()) + column
+    register_row(i, tile) * comptime!(tile.sums_stride()) + register_column(j, tile)
+}
+
+#[cube]
+pub fn register_row(#[comptime] i: usize, #[comptime] tile: Tile) -> usize {
+    UNIT_POS as usize / comptime!(tile.column_workers) + comptime!(i * tile.row_workers)
+}
+
+#[cube]
+pub fn register_column(#[comptime] j: usize, #[comptime] tile: Tile) -> usize {
+    UNIT_POS as usize % comptime!(tile.column_workers) + comptime!(j * tile.column_workers)
 }
 
 #[cube]
