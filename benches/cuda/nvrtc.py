@@ -5,11 +5,13 @@
     python benches/cuda/nvrtc.py target/cuda
 
 Needs no GPU: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12. Exits 1 when a kernel does
-not compile, or spills registers.
+not compile, spills registers, or multiplies tiles without matrix instructions where it should have them.
 """
 
+import concurrent.futures
 import ctypes
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -18,6 +20,8 @@ import tempfile
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
 ELEMENTS = ["f32", "f16", "bf16"]
+# Kernels that take tensor cores for all types but f32, whose numbers would be rounded to TF32.
+MULTIPLY_TILES = ("attention_", "grouped_")
 
 
 def nvidia_folders():
@@ -99,14 +103,24 @@ def main():
         sys.exit(f"no .cu in {sys.argv[1]}; run cuda_text first")
     nvrtc, ptxas = Nvrtc(), find("**/bin/ptxas")
     architectures = [name for name in ARCHITECTURES if int(re.sub(r"\D", "", name)) in nvrtc.known]
-    rows, bad = {}, []
-    for path in files:
-        cells = []
+
+    def compiled(path):
+        results = []
         for architecture in architectures:
             ptx, problem = nvrtc.ptx(path, architecture)
             found = None
             if ptx is not None:
                 found, problem = needs(ptxas, ptx, architecture)
+            results.append((ptx, found, problem))
+        return results
+
+    rows, bad = {}, []
+    # Both compilers run outside Python's lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        all_results = list(pool.map(compiled, files))
+    for path, results in zip(files, all_results):
+        cells = []
+        for architecture, (ptx, found, problem) in zip(architectures, results):
             if found is None:
                 bad.append(f"{path.name} for {architecture}: {problem}")
                 cells.append("fails")
@@ -123,6 +137,8 @@ def main():
         name, _, element = path.stem.rpartition("_")
         if element not in ELEMENTS:
             name, element = path.stem, ""
+        if name.startswith(MULTIPLY_TILES) and element != "f32" and not products:
+            bad.append(f"{path.name}: no matrix instructions")
         rows.setdefault((name, tuple(cells)), []).append(element)
     print(f"NVRTC {nvrtc.version}, {len(files)} kernels; per architecture registers / bytes spilled.\n")
     print("| kernel | " + " | ".join(architectures) + " | bytes of shared memory | matrix instructions |")

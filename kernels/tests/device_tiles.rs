@@ -253,9 +253,7 @@ fn attention_of_every_shape_of_heads_has_the_oracles_values_and_gradients() {
         for (heads, key_heads, head_dim) in [(4, 2, 32), (8, 1, 64), (5, 5, 21), (4, 2, 128)] {
             for length in [1, 7, 64, 130] {
                 let case = attention_case((heads, key_heads, head_dim), (length, 1), Mask::Causal, 1.5, dtype);
-                let start = std::time::Instant::now();
                 worst.push(check_attention(&case));
-                println!("TIME {} {:?}", case.what, start.elapsed());
             }
         }
         print_worst("attention", dtype, &worst);
@@ -336,7 +334,6 @@ fn square(side: usize, heads: Heads) -> AttentionPlan {
 fn tiles_of_any_side_read_in_vectors_of_any_size_give_the_same() {
     // Single elements of vectors are read slowly on most devices, so that the shapes are small.
     for (dtype, side, vector) in [(DType::F32, 8, 4), (DType::F32, 16, 2), (DType::F16, 32, 4), (DType::F16, 16, 1)] {
-        let start = std::time::Instant::now();
         let case = attention_case((6, 2, 20), (37, 2), Mask::Window(17), 1.5, dtype);
         let plan = square(side, case.heads);
         let operation = Attention {
@@ -368,7 +365,6 @@ fn tiles_of_any_side_read_in_vectors_of_any_size_give_the_same() {
             [false, true, false],
         );
         assert!(grads[0].is_none() && grads[1].is_some() && grads[2].is_none());
-        println!("TIME side {side} vector {vector} {:?}", start.elapsed());
     }
 }
 
