@@ -1,9 +1,9 @@
-//! The forward kernel of attention. Counts are of elements, not of vectors. A row is one query head of one token; the heads that share a key head lie next to
-//! each other, so that row `r` of a sequence is of token `r / group`. A cube holds a tile of rows and passes once over the
-//! tiles of keys that any of them sees, with a running maximum and sum per row.
+//! The forward kernel of attention. Counts are of elements, not of vectors. A row is one query head of one token; the
+//! heads that share a key head lie next to each other, so that row `r` of a sequence is of token `r / group`. A cube holds
+//! a tile of rows and passes once over the tiles of keys that any of them sees, with a running maximum and sum per row.
 //!
 //! Sums of values are kept relative to a reference that follows the maximum only when that has grown by [`SLACK`]: what
-//! has been added up is then scaled once, by way of shared memory, and otherwise stays where the products add to it.
+//! has been added up is then scaled once, which fragments take shared memory for, and otherwise stays as it is.
 
 // Their operands are what they are, and a launch takes them by position.
 #![allow(clippy::too_many_arguments)]

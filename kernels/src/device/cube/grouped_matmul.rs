@@ -1,6 +1,6 @@
-//! One matrix product per group of rows, of all groups in one launch. Counts are of elements, not of vectors. The host lists the tiles of rows, and a cube takes
-//! one of them by a tile of columns; the three products of forward and backward differ only in how operands lie and in
-//! what the list says.
+//! One matrix product per group of rows, of all groups in one launch. Counts are of elements, not of vectors. The host
+//! lists the tiles of rows, and a cube takes one of them by a tile of columns; the three products of forward and backward
+//! differ only in how operands lie and in what the list says.
 
 // Their operands are what they are, and a launch takes them by position.
 #![allow(clippy::too_many_arguments)]
@@ -108,8 +108,8 @@ fn write<E: Float, N: Size>(
     }
 }
 
-/// A tile of the output: x counts tiles of the list from `first_tile` on, y tiles of columns. While one stage of operands is multiplied, the
-/// next is on its way.
+/// A tile of the output: x counts tiles of the list from `first_tile` on, y tiles of columns. While one stage of operands
+/// is multiplied, the next is on its way.
 #[cube(launch, create_dummy_kernel, address_type = "dynamic")]
 pub fn grouped_product<E: Float, N: Size>(
     left: &[Vector<E, N>],
