@@ -5,7 +5,7 @@
     python benches/cuda/nvrtc.py target/cuda
 
 Needs no GPU: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12. Exits 1 when a kernel does
-not compile, spills registers, or multiplies tiles without matrix instructions where it should have them.
+not compile, spills more than a few registers, or multiplies tiles without matrix instructions where it should have them.
 """
 
 import concurrent.futures
@@ -20,6 +20,8 @@ import tempfile
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100"]
 ELEMENTS = ["f32", "f16", "bf16"]
+# What ptxas may spill to keep within a round number of registers, stored and loaded.
+FEW_BYTES = 64
 # Kernels that take tensor cores for all types but f32, whose numbers would be rounded to TF32.
 MULTIPLY_TILES = ("attention_", "grouped_")
 
@@ -125,7 +127,7 @@ def main():
                 bad.append(f"{path.name} for {architecture}: {problem}")
                 cells.append("fails")
                 continue
-            if found[1]:
+            if found[1] > FEW_BYTES:
                 bad.append(f"{path.name} for {architecture}: {found[1]} bytes spilled")
             cells.append(" / ".join(str(value) for value in found))
         shared = re.match(r"// (\d+) bytes of shared memory", path.read_text())
