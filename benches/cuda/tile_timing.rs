@@ -30,7 +30,7 @@ pub fn print_all(device: &Device, type_name: &str, dtype: DType, repeats: usize)
     for (name, sequence_len, window) in
         [("causal", tokens, tokens), ("causal in four documents", tokens / 4, tokens), ("window of 1024", tokens, 1024)]
     {
-        let first_key = (0..tokens).map(|token| {
+        let first_key = (0..tokens).map(|token: usize| {
             let start = token / sequence_len * sequence_len;
             start.max((token + 1).saturating_sub(window)) as u32
         });
