@@ -7,8 +7,9 @@ use std::sync::Arc;
 #[cfg(feature = "device")]
 use crate::device;
 use crate::{
-    gemm_call::{View, multiply},
+    gemm_call::{View, multiply, stacked},
     host_op::{self, Forward, HostArray, HostOp},
+    packed_matmul::{Instructions, Operand, Product, multiply_then},
 };
 
 /// Rows `offsets[e]..offsets[e + 1]` of `x` times matrix `e` of `weights`.
@@ -86,11 +87,15 @@ impl HostOp for GroupedMatmul {
         let (x, weights) = (inputs[0], inputs[1]);
         let (rows, inner, outer) = (x.shape[0], weights.shape[1], weights.shape[2]);
         let mut output = vec![0.0; rows * outer];
-        self.each_block(&mut output, outer, |group, first, count, output| {
-            let x = View::rows(&x.data[first * inner..], count, inner, inner);
-            let weight = View::rows(&weights.data[group * inner * outer..], inner, outer, outer);
-            multiply(output, outer, false, 1.0, x, weight, false);
-        });
+        let mut rest = &mut output[..];
+        let mut products = vec![];
+        for (bounds, values) in self.offsets.windows(2).zip(weights.data.chunks_exact(inner * outer)) {
+            let (output, after) = rest.split_at_mut((bounds[1] - bounds[0]) * outer);
+            let operand = Operand::RowMajor { values, inputs: inner, outputs: outer };
+            products.push(Product::new(&x.data[bounds[0] * inner..bounds[1] * inner], operand, output));
+            rest = after;
+        }
+        multiply_then(Instructions::best(), products, |_| ());
         Forward { shape: vec![rows, outer], data: output, saved: vec![] }
     }
 
@@ -107,21 +112,19 @@ impl HostOp for GroupedMatmul {
             x_grad
         });
         let weight_grad = needed[1].then(|| {
-            let mut weight_grad = vec![0.0; weights.data.len()];
-            // Blocks of the rows of each matrix, the inputs; groups without rows keep their zeros.
-            let height = inner.min(ROW_BLOCK);
-            weight_grad.par_chunks_mut(inner * outer).enumerate().for_each(|(group, weight_grad)| {
-                let (first, count) = (self.offsets[group], self.offsets[group + 1] - self.offsets[group]);
-                if count == 0 {
-                    return;
-                }
-                let grad = View::rows(&grad[first * outer..], count, outer, outer);
-                weight_grad.par_chunks_mut(height * outer).enumerate().for_each(|(block, into)| {
-                    let x = View::rows(&x.data[first * inner + block * height..], count, into.len() / outer, inner);
-                    multiply(into, outer, false, 1.0, x.transposed(), grad, false);
-                });
-            });
-            weight_grad
+            let products: Vec<_> = self
+                .offsets
+                .windows(2)
+                .map(|bounds| {
+                    let (first, count) = (bounds[0], bounds[1] - bounds[0]);
+                    (count > 0).then(|| {
+                        let x = View::rows(&x.data[first * inner..], count, inner, inner);
+                        [x.transposed(), View::rows(&grad[first * outer..], count, outer, outer)]
+                    })
+                })
+                .collect();
+            // Blocks of the rows of each matrix, the inputs.
+            stacked(inner, outer, inner.min(ROW_BLOCK), &products)
         });
         vec![x_grad, weight_grad]
     }

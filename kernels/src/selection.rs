@@ -15,7 +15,7 @@ use rand_chacha::{
 use rayon::prelude::*;
 
 use crate::{
-    packed_matmul::{Instructions, PANEL, PackedMatrix, Product, multiply_then},
+    packed_matmul::{Instructions, Operand, PANEL, PackedMatrix, Product, multiply_then},
     profile,
     row_masses::{BLOCK, BlockSums, RowMasses},
     top_k::{by_logit, largest_ids},
@@ -115,11 +115,12 @@ pub fn select_products(
     check(rule, vocab, temperatures);
     room.resize(vocab * places.len(), 0.0);
     let span = profile::op("packed product").with("rows", places.len() as u64);
-    let pieces = multiply_then(Instructions::best(), vec![Product::new(hidden, head, room)], |piece| {
-        let mut sums = BlockSums::with_capacity(piece.rows.iter().map(|row| row.len().div_ceil(BLOCK)).sum());
-        piece.rows.iter().for_each(|row| sums.append(row, temperatures[0]));
-        (piece.first_row, piece.rows.len(), sums)
-    });
+    let pieces =
+        multiply_then(Instructions::best(), vec![Product::new(hidden, Operand::Packed(head), room)], |piece| {
+            let mut sums = BlockSums::with_capacity(piece.rows.iter().map(|row| row.len().div_ceil(BLOCK)).sum());
+            piece.rows.iter().for_each(|row| sums.append(row, temperatures[0]));
+            (piece.first_row, piece.rows.len(), sums)
+        });
     drop(span);
     let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
     let mut sums: Vec<_> = places.iter().map(|_| BlockSums::with_capacity(vocab.div_ceil(BLOCK))).collect();

@@ -78,9 +78,11 @@ impl AttentionHalf<'_> {
                         let (mut before, mut sums) = (0, NO_SUMS);
                         for matrix in matrices {
                             for panel in 0..matrix.outputs().div_ceil(PANEL) {
+                                let next = matrix.panel_after(panel);
                                 let columns = PANEL.min(matrix.outputs() - panel * PANEL);
                                 for tile in 0..workspace.rows.tile_count() {
-                                    workspace.rows.product(instructions, tile, matrix.panel(panel), &mut sums);
+                                    let weights = matrix.panel(panel);
+                                    workspace.rows.product(instructions, tile, weights, next, &mut sums);
                                     let (first, count) = workspace.rows.rows_of(tile);
                                     for (row, sums) in (first..first + count).zip(&sums) {
                                         let place = row * width + before + panel * PANEL;
@@ -245,7 +247,7 @@ impl AttentionHalf<'_> {
                     let first_panel = (from - tile_start) / PANEL;
                     let last_panel = (to - tile_start).div_ceil(PANEL);
                     for panel in first_panel..last_panel {
-                        queries.product(instructions, 0, panels.keys(panel, numbers), &mut sums);
+                        queries.product(instructions, 0, panels.keys(panel, numbers), None, &mut sums);
                         let column = panel * PANEL;
                         let block = &mut scores[column / crate::packed_matmul::K_BLOCK];
                         let place = column % crate::packed_matmul::K_BLOCK;
@@ -288,6 +290,7 @@ impl AttentionHalf<'_> {
                             tile_count,
                             weights.iter().map(|tile| &tile[..]),
                             panels.values(column / PANEL, used, numbers),
+                            None,
                             &mut sums,
                         );
                         for row in 0..tile_count {

@@ -217,10 +217,11 @@ fn finish_product(
     let outputs = weights.outputs();
     let mut sums = crate::packed_matmul::NO_SUMS;
     for panel in 0..outputs.div_ceil(PANEL) {
+        let next = weights.panel_after(panel);
         let column = panel * PANEL;
         let columns = PANEL.min(outputs - column);
         for tile in 0..rows.tile_count() {
-            rows.product(instructions, tile, weights.panel(panel), &mut sums);
+            rows.product(instructions, tile, weights.panel(panel), next, &mut sums);
             let (first, count) = rows.rows_of(tile);
             for (row, sums) in (first..first + count).zip(&sums) {
                 let place = &mut output[row * outputs + column..][..columns];
@@ -247,10 +248,11 @@ fn feed_forward_rows(
     inner.resize(instructions, half.down.numbers(), count, inner_width);
     let (mut gate, mut up) = (crate::packed_matmul::NO_SUMS, crate::packed_matmul::NO_SUMS);
     for panel in 0..inner_width.div_ceil(PANEL) {
+        let next = (half.gate.panel_after(panel), half.up.panel_after(panel));
         let columns = PANEL.min(inner_width - panel * PANEL);
         for tile in 0..rows.tile_count() {
-            rows.product(instructions, tile, half.gate.panel(panel), &mut gate);
-            rows.product(instructions, tile, half.up.panel(panel), &mut up);
+            rows.product(instructions, tile, half.gate.panel(panel), next.0, &mut gate);
+            rows.product(instructions, tile, half.up.panel(panel), next.1, &mut up);
             let (first, count) = rows.rows_of(tile);
             gate_into(gate[..count].as_flattened_mut(), up[..count].as_flattened());
             for (row, gate) in (first..first + count).zip(&gate) {

@@ -5,7 +5,10 @@ use std::arch::x86_64::{
     _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use super::tiles::{HalfLine, PANEL, Places, Slice, TileRow};
+use super::{
+    ahead::Ahead,
+    tiles::{HalfLine, PANEL, Places, Slice, TileRow},
+};
 
 /// Two registers of sums for each row, two of weights and one of a row's value: 15 of 16.
 pub const TILE_ROWS: usize = 6;
@@ -40,12 +43,20 @@ fn step<const R: usize>(sums: &mut [[__m256; 2]; R], rows: &[TileRow; R], k: usi
 
 /// Products of `R` rows with a panel's slice, each summed in the order of k.
 #[target_feature(enable = "avx2,fma")]
-pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, mut places: Places<'_, R>, first: bool) {
+pub fn sums<const R: usize>(
+    rows: &[TileRow; R],
+    slice: Slice<'_>,
+    mut places: Places<'_, R>,
+    first: bool,
+    ahead: Ahead<'_>,
+) {
     for half in 0..2 {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
         match slice {
             Slice::F32(lines) => {
+                let mut ahead = ahead.over(2 * lines.len());
                 for (k, line) in lines.iter().enumerate() {
+                    ahead.next();
                     step(&mut sums, rows, k, quarters(line.halves()[half]));
                 }
             }

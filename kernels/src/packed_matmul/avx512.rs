@@ -7,7 +7,10 @@ use std::arch::x86_64::{
     _mm512_storeu_ps,
 };
 
-use super::tiles::{Line, PANEL, Places, ROW_STRIDE, Slice, TileRow};
+use super::{
+    ahead::Ahead,
+    tiles::{Line, PANEL, Places, ROW_STRIDE, Slice, TileRow},
+};
 
 /// Two registers of sums for each row, two of weights and one of a row's value: 31 of 32.
 pub const TILE_ROWS: usize = 14;
@@ -83,11 +86,17 @@ fn seconds(line: [__m512i; 2]) -> [__m512; 2] {
 
 /// Products of `R` rows with a panel's slice, each summed in the order of k.
 #[target_feature(enable = "avx512f")]
-pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool) {
+pub fn sums<const R: usize>(
+    rows: &[TileRow; R],
+    slice: Slice<'_>,
+    places: Places<'_, R>,
+    first: bool,
+    ahead: Ahead<'_>,
+) {
     match slice {
-        Slice::F32(lines) => exact_sums(rows, lines, places, first),
-        Slice::Bf16 { pairs, odd } => widened_sums(rows, pairs, odd, places, first),
-        Slice::Rounded(lines) => rounded_sums(rows, lines, places, first),
+        Slice::F32(lines) => exact_sums(rows, lines, places, first, ahead),
+        Slice::Bf16 { pairs, odd } => widened_sums(rows, pairs, odd, places, first, ahead),
+        Slice::Rounded(lines) => rounded_sums(rows, lines, places, first, ahead),
     }
 }
 
@@ -95,10 +104,18 @@ pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Place
 
 #[inline(never)]
 #[target_feature(enable = "avx512f")]
-fn exact_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<f32>], places: Places<'_, R>, first: bool) {
+fn exact_sums<const R: usize>(
+    rows: &[TileRow; R],
+    lines: &[Line<f32>],
+    places: Places<'_, R>,
+    first: bool,
+    ahead: Ahead<'_>,
+) {
     assert!(lines.len() <= ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut ahead = ahead.over(lines.len());
     for (k, line) in lines.iter().enumerate() {
+        ahead.next();
         step(&mut sums, rows, k, halves(line));
     }
     finish!(sums, places, first);
@@ -112,10 +129,13 @@ fn widened_sums<const R: usize>(
     odd: Option<&Line<u32>>,
     places: Places<'_, R>,
     first: bool,
+    ahead: Ahead<'_>,
 ) {
     assert!(2 * pairs.len() < ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut ahead = ahead.over(pairs.len());
     for (pair, line) in pairs.iter().enumerate() {
+        ahead.next();
         let line = pair_halves(line);
         step(&mut sums, rows, 2 * pair, firsts(line));
         step(&mut sums, rows, 2 * pair + 1, seconds(line));
@@ -128,10 +148,18 @@ fn widened_sums<const R: usize>(
 
 #[inline(never)]
 #[target_feature(enable = "avx512f")]
-fn rounded_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {
+fn rounded_sums<const R: usize>(
+    rows: &[TileRow; R],
+    lines: &[Line<u32>],
+    places: Places<'_, R>,
+    first: bool,
+    ahead: Ahead<'_>,
+) {
     assert!(2 * lines.len() < ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut ahead = ahead.over(lines.len());
     for (pair, line) in lines.iter().enumerate() {
+        ahead.next();
         let line = pair_halves(line);
         step(&mut sums, rows, 2 * pair + 1, seconds(line));
         step(&mut sums, rows, 2 * pair, firsts(line));
@@ -142,10 +170,18 @@ fn rounded_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places
 /// Products of `R` rows of pairs with lines of pairs, by the processor's own instruction for them.
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub fn pair_sums<const R: usize>(rows: &[TileRow; R], lines: &[Line<u32>], places: Places<'_, R>, first: bool) {
+pub fn pair_sums<const R: usize>(
+    rows: &[TileRow; R],
+    lines: &[Line<u32>],
+    places: Places<'_, R>,
+    first: bool,
+    ahead: Ahead<'_>,
+) {
     assert!(lines.len() <= ROW_STRIDE, "a block of a row");
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut ahead = ahead.over(lines.len());
     for (pair, line) in lines.iter().enumerate() {
+        ahead.next();
         let [low, high] = pair_halves(line);
         let weights = [pairs(low), pairs(high)];
         for (sums, row) in sums.iter_mut().zip(rows) {

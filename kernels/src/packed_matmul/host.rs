@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::{Instructions, PackedMatrix, Product, multiply_then};
+use super::{Instructions, Operand, PackedMatrix, Product, multiply_then};
 use crate::{
     gemm_call::{self, View},
     host_op::{self, Forward, HostArray, HostOp},
@@ -78,7 +78,7 @@ impl HostOp for Products {
         let mut products = vec![];
         for (weights, first, count) in self.groups() {
             let (output, after) = rest.split_at_mut(count * outputs);
-            products.push(Product::new(&x.data[first * width..][..count * width], weights, output));
+            products.push(Product::new(&x.data[first * width..][..count * width], Operand::Packed(weights), output));
             rest = after;
         }
         multiply_then(Instructions::best(), products, |_| ());

@@ -9,6 +9,7 @@ use super::{
 };
 use super::{
     Numbers, RowForm,
+    ahead::Ahead,
     amx::{self, SIDE},
     amx_emulation::Emulation,
     plain,
@@ -78,7 +79,7 @@ fn widening_is_faster() -> bool {
             // As many rows for both.
             let rows = &rows[..avx512::WIDENED_TILE_ROWS];
             let began = std::time::Instant::now();
-            Instructions(set).sum_tile(rows, Slice::Rounded(&lines), &mut sums.iter_mut(), true);
+            Instructions(set).sum_tile(rows, Slice::Rounded(&lines), &mut sums.iter_mut(), true, Ahead::NOTHING);
             *least = least.min(began.elapsed().as_secs_f64());
         }
     }
@@ -87,13 +88,14 @@ fn widening_is_faster() -> bool {
 
 /// One call for each number of rows that a tile may have.
 macro_rules! for_rows {
-    ($module:ident::$sums:ident, [$($count:literal)*], $rows:expr, $slice:expr, $places:expr, $first:expr) => {
+    ($module:ident::$sums:ident, [$($count:literal)*], $rows:expr, $slice:expr, $places:expr, $first:expr, $ahead:expr) => {
         match $rows.len() {
             $($count => $module::$sums::<$count>(
                 $rows.try_into().expect("so many rows"),
                 $slice,
                 std::array::from_fn(|_| $places.next().expect("a place for each row")),
                 $first,
+                $ahead,
             ),)*
             other => unreachable!("a tile of {other} rows"),
         }
@@ -188,7 +190,7 @@ impl Instructions {
     }
 
     /// Puts the products of rows and a panel's slice into columns `column..` of the output's rows, or adds them to what
-    /// is there.
+    /// is there. Meanwhile what lies ahead is brought into the cache.
     pub(super) fn add_tile(
         self,
         rows: &[TileRow],
@@ -196,13 +198,14 @@ impl Instructions {
         output: &mut [&mut [f32]],
         column: usize,
         first: bool,
+        ahead: Ahead<'_>,
     ) {
         if output[0].len() - column >= PANEL {
             let mut places = output.iter_mut().map(|row| row[column..].first_chunk_mut().expect("a whole panel"));
-            self.sum_tile(rows, slice, &mut places, first);
+            self.sum_tile(rows, slice, &mut places, first, ahead);
         } else {
             let mut sums = NO_SUMS;
-            self.sum_tile(rows, slice, &mut sums.iter_mut(), true);
+            self.sum_tile(rows, slice, &mut sums.iter_mut(), true, ahead);
             sums.iter().zip(output).for_each(|(sums, row)| add_part(sums, &mut row[column..], first));
         }
     }
@@ -215,6 +218,7 @@ impl Instructions {
         slice: Slice<'_>,
         places: &mut impl Iterator<Item = &'a mut [f32; PANEL]>,
         first: bool,
+        ahead: Ahead<'_>,
     ) {
         match (self.0, slice) {
             (Set::EmulatedAmx, Slice::Rounded(lines)) => {
@@ -232,20 +236,20 @@ impl Instructions {
         for rows in rows.chunks(rows.len().div_ceil(pieces)) {
             match (self.0, slice) {
                 (Set::Plain | Set::EmulatedAmx, _) => {
-                    for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first)
+                    for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first, ahead)
                 }
                 // SAFETY: a value of these exists only where the processor was found to have the instructions.
                 #[cfg(target_arch = "x86_64")]
-                (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, first) },
+                (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, first, ahead) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 (Set::Avx512Bf16, Slice::Rounded(lines)) => unsafe {
-                    for_rows!(avx512::pair_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, lines, places, first)
+                    for_rows!(avx512::pair_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, lines, places, first, ahead)
                 },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 (Set::Avx512 | Set::Avx512Bf16 | Set::Amx, _) => unsafe {
-                    for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, first)
+                    for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, first, ahead)
                 },
             }
         }

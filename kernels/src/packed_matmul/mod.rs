@@ -18,10 +18,12 @@
 //! is the same. That is a definition as well, of which a row's bits are the same alone, among others and on any number of
 //! threads. So bits of these matrices are the same on all processors without AMX, and on all with it.
 
+mod ahead;
 mod amx;
 mod amx_emulation;
 mod host;
 mod instructions;
+mod operand;
 mod pack;
 mod rounding;
 mod row_tiles;
@@ -42,6 +44,7 @@ pub use instructions::Instructions;
 pub use pack::{Element, Order};
 pub use tiles::{K_BLOCK, PANEL};
 
+pub(crate) use operand::Operand;
 pub(crate) use rounding::nearest;
 pub(crate) use row_tiles::{RowForm, RowTiles, product};
 pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, Product, TileRows, multiply_then};
@@ -119,5 +122,5 @@ pub fn multiply(rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
 
 /// [`multiply`] by a given instruction set. All give the same bits, but for AMX with matrices packed for bfloat16.
 pub fn multiply_with(instructions: Instructions, rows: &[f32], weights: &PackedMatrix, output: &mut [f32]) {
-    multiply_then(instructions, vec![Product::new(rows, weights, output)], |_| ());
+    multiply_then(instructions, vec![Product::new(rows, Operand::Packed(weights), output)], |_| ());
 }

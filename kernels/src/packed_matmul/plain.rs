@@ -1,7 +1,10 @@
 //! Sums of products in plain Rust, for processors without a form of their own. Where the processor has no fused
 //! multiply-add at all, each is a call of the C library, and slow.
 
-use super::tiles::{PANEL, Places, Slice, TileRow};
+use super::{
+    ahead::Ahead,
+    tiles::{PANEL, Places, Slice, TileRow},
+};
 
 /// Rows summed at once.
 pub const TILE_ROWS: usize = 4;
@@ -16,7 +19,7 @@ fn step<const R: usize>(sums: &mut [[f32; PANEL]; R], rows: &[TileRow; R], k: us
 }
 
 /// Products of `R` rows with a panel's slice, each summed in the order of k.
-pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool) {
+pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool, _: Ahead<'_>) {
     let mut sums = [[0.0; PANEL]; R];
     match slice {
         Slice::F32(lines) => {

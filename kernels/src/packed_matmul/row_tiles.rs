@@ -2,6 +2,7 @@
 
 use super::{
     Instructions, K_BLOCK, Numbers,
+    ahead::Ahead,
     rounding::{nearest_each, round_pairs},
     tiles::{Panel, Sums, TileRow},
 };
@@ -123,25 +124,38 @@ impl RowTiles {
         (first, self.height.min(self.rows - first))
     }
 
-    /// The products of a tile's rows with a panel.
+    /// The products of a tile's rows with a panel. `next` is the panel after it: once all tiles have met this one, that one
+    /// is in cache.
     #[inline(always)]
-    pub(crate) fn product(&self, instructions: Instructions, tile: usize, panel: Panel<'_>, sums: &mut Sums) {
+    pub(crate) fn product(
+        &self,
+        instructions: Instructions,
+        tile: usize,
+        panel: Panel<'_>,
+        next: Option<Panel<'_>>,
+        sums: &mut Sums,
+    ) {
         let (_, count) = self.rows_of(tile);
         let size = self.blocks * self.height;
-        product(instructions, count, self.tiles[tile * size..][..size].chunks(self.height), panel, sums);
+        let blocks = self.tiles[tile * size..][..size].chunks(self.height);
+        let part = next.map(|next| (next, tile, self.tile_count()));
+        product(instructions, count, blocks, panel, part, sums);
     }
 }
 
-/// The products of `count` rows with a panel; `blocks` are the rows' blocks of k.
+/// The products of `count` rows with a panel; `blocks` are the rows' blocks of k. With `next`, a panel, one of some parts of
+/// it is brought into the cache.
 #[inline(always)]
 pub(crate) fn product<'a>(
     instructions: Instructions,
     count: usize,
     blocks: impl Iterator<Item = &'a [TileRow]>,
     panel: Panel<'_>,
+    next: Option<(Panel<'_>, usize, usize)>,
     sums: &mut Sums,
 ) {
     for (block, rows) in blocks.take(panel.blocks()).enumerate() {
-        instructions.sum_tile(&rows[..count], panel.slice(block), &mut sums.iter_mut(), block == 0);
+        let ahead = next.map_or(Ahead::NOTHING, |(next, part, parts)| next.slice(block).part(part, parts));
+        instructions.sum_tile(&rows[..count], panel.slice(block), &mut sums.iter_mut(), block == 0, ahead);
     }
 }

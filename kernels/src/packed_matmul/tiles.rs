@@ -3,11 +3,14 @@
 //! Nothing here can change a bit of the result: an element is the sum of its blocks of [`K_BLOCK`] products in their
 //! order, wherever the cuts between tasks, tiles and panels fall.
 
-use std::ops::{Deref, DerefMut};
+use std::{
+    cell::RefCell,
+    ops::{Deref, DerefMut},
+};
 
 use rayon::prelude::*;
 
-use super::{Instructions, Numbers, PackedMatrix, Panels, RowForm};
+use super::{Instructions, Numbers, PackedMatrix, Panels, RowForm, ahead::Ahead, operand::Operand};
 
 /// Output columns that lie beside each other in memory.
 pub const PANEL: usize = 32;
@@ -144,6 +147,11 @@ impl<'a> Panel<'a> {
 }
 
 impl PackedMatrix {
+    /// The panel after this one, if there is one.
+    pub(crate) fn panel_after(&self, panel: usize) -> Option<Panel<'_>> {
+        ((panel + 1) * PANEL < self.outputs).then(|| self.panel(panel + 1))
+    }
+
     pub(crate) fn panel(&self, panel: usize) -> Panel<'_> {
         match &self.panels {
             Panels::F32(lines) => Panel::F32(&lines[panel * self.inputs..][..self.inputs]),
@@ -161,6 +169,8 @@ impl PackedMatrix {
 
 /// Rows of a task: few enough for a share of the second-level cache, enough to pay for bringing panels there.
 const TASK_ROWS: usize = 112;
+/// The same where each task packs its panels: enough that this is a small part of its work.
+const PACKING_TASK_ROWS: usize = 256;
 /// Panels of a task, whose blocks of k fill a half of the second-level cache.
 const TASK_PANELS: usize = 8;
 /// The same where there is a tile of rows alone: panels are then read once and in order.
@@ -170,17 +180,19 @@ const SMALL: usize = 1 << 18;
 
 /// One piece of an output: some columns of some rows.
 struct Task<'a> {
-    weights: &'a PackedMatrix,
+    weights: Operand<'a>,
     rows: &'a [f32],
     first_row: usize,
     first_panel: usize,
     output: Vec<&'a mut [f32]>,
+    /// Weights and first panel of the task after it, which the same thread is likely to do next.
+    next: Option<(Operand<'a>, usize)>,
 }
 
 /// One product: rows, weights, and where the result goes.
 pub(crate) struct Product<'a> {
     rows: &'a [f32],
-    weights: &'a PackedMatrix,
+    weights: Operand<'a>,
     output: &'a mut [f32],
 }
 
@@ -190,10 +202,10 @@ impl<'a> Product<'a> {
     ///
     /// # Panics
     /// When the slices do not have these shapes for the same N.
-    pub fn new(rows: &'a [f32], weights: &'a PackedMatrix, output: &'a mut [f32]) -> Self {
-        let row_count = rows.len() / weights.inputs;
-        assert_eq!(rows.len(), row_count * weights.inputs, "whole rows");
-        assert_eq!(output.len(), row_count * weights.outputs, "a row of the result for each row");
+    pub fn new(rows: &'a [f32], weights: Operand<'a>, output: &'a mut [f32]) -> Self {
+        let row_count = rows.len() / weights.inputs();
+        assert_eq!(rows.len(), row_count * weights.inputs(), "whole rows");
+        assert_eq!(output.len(), row_count * weights.outputs(), "a row of the result for each row");
         Product { rows, weights, output }
     }
 }
@@ -215,11 +227,14 @@ pub(crate) fn multiply_then<R: Send>(
     let mut tasks = vec![];
     let mut amount = 0;
     for Product { rows, weights, output } in products {
-        let row_count = output.len() / weights.outputs;
+        let row_count = output.len() / weights.outputs();
         if row_count > 0 {
-            amount += row_count * weights.inputs * weights.outputs;
+            amount += row_count * weights.inputs() * weights.outputs();
             cut(instructions, rows, weights, output, row_count, &mut tasks);
         }
+    }
+    for number in 1..tasks.len() {
+        tasks[number - 1].next = Some((tasks[number].weights, tasks[number].first_panel));
     }
     let work = |mut task: Task<'_>| {
         run(instructions, &mut task);
@@ -231,24 +246,30 @@ pub(crate) fn multiply_then<R: Send>(
 fn cut<'a>(
     instructions: Instructions,
     rows: &'a [f32],
-    weights: &'a PackedMatrix,
+    weights: Operand<'a>,
     output: &'a mut [f32],
     row_count: usize,
     tasks: &mut Vec<Task<'a>>,
 ) {
-    let (inputs, outputs) = (weights.inputs, weights.outputs);
-    let one_tile = row_count <= instructions.rows_at_once(weights.panel(0).slice(0));
+    let (inputs, outputs) = (weights.inputs(), weights.outputs());
+    let one_tile = row_count <= instructions.rows_at_once(weights.some_slice());
     let panels = if one_tile { FEW_ROWS_TASK_PANELS } else { TASK_PANELS };
     let columns = panels * PANEL;
-    let pieces = rows.chunks(TASK_ROWS * inputs).zip(output.chunks_mut(TASK_ROWS * outputs));
+    let task_rows = match weights {
+        Operand::Packed(_) => TASK_ROWS,
+        // Of nearly equal height.
+        Operand::RowMajor { .. } => row_count.div_ceil(row_count.div_ceil(PACKING_TASK_ROWS)),
+    };
+    let pieces = rows.chunks(task_rows * inputs).zip(output.chunks_mut(task_rows * outputs));
     for (number, (rows, output)) in pieces.enumerate() {
         let first = tasks.len();
         tasks.extend((0..outputs.div_ceil(columns)).map(|column| Task {
             weights,
             rows,
-            first_row: number * TASK_ROWS,
+            first_row: number * task_rows,
             first_panel: column * panels,
-            output: Vec::with_capacity(row_count.min(TASK_ROWS)),
+            output: Vec::with_capacity(row_count.min(task_rows)),
+            next: None,
         }));
         for row in output.chunks_mut(outputs) {
             for (task, piece) in tasks[first..].iter_mut().zip(row.chunks_mut(columns)) {
@@ -258,70 +279,64 @@ fn cut<'a>(
     }
 }
 
+thread_local! {
+    /// Where a thread packs blocks that were not packed before.
+    static ROOM: RefCell<Vec<Line<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
 fn run(instructions: Instructions, task: &mut Task<'_>) {
     let _tiles = instructions.begin();
     let weights = task.weights;
-    let inputs = weights.inputs;
-    let form = instructions.row_form(weights.rows);
-    let height = instructions.even_height(task.output.len(), instructions.rows_at_once(weights.panel(0).slice(0)));
-    let panels = task.output[0].len().div_ceil(PANEL);
-    let blocks = weights.panel(0).blocks();
+    let inputs = weights.inputs();
+    let form = instructions.row_form(weights.numbers());
+    let height = instructions.even_height(task.output.len(), instructions.rows_at_once(weights.some_slice()));
+    let panels = weights.panels(task.first_panel, task.output[0].len().div_ceil(PANEL));
+    let blocks = weights.blocks();
     let tiles = task.output.len().div_ceil(height);
     let mut tile = vec![TileRow::ZEROS; height.min(task.output.len())];
-    if tiles == 1 {
+    if let (1, Operand::Packed(weights)) = (tiles, weights) {
         // One tile: the weights are read once, in the order they lie in.
-        for panel in 0..panels {
+        for panel in 0..panels.count() {
             for block in 0..blocks {
                 let count = copy_rows(&mut tile, task.rows, inputs, block, form);
                 let slice = weights.panel(task.first_panel + panel).slice(block);
-                instructions.add_tile(&tile[..count], slice, &mut task.output, panel * PANEL, block == 0);
+                let column = panel * PANEL;
+                instructions.add_tile(&tile[..count], slice, &mut task.output, column, block == 0, Ahead::NOTHING);
             }
         }
         return;
     }
-    for block in 0..blocks {
-        let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
-        for (number, (rows, output)) in chunks.enumerate() {
-            let count = copy_rows(&mut tile, rows, inputs, block, form);
-            for panel in 0..panels {
-                let slice = weights.panel(task.first_panel + panel).slice(block);
-                // The first tile waits for the weights to come from memory; what the next block needs is asked for while
-                // the others have theirs in cache.
-                if number > 0 {
-                    let next = match block + 1 < blocks {
-                        true => Some((task.first_panel + panel, block + 1)),
-                        false => Some((task.first_panel + panels + panel, 0)),
-                    };
-                    if let Some((panel, block)) = next.filter(|(panel, _)| *panel * PANEL < weights.outputs) {
-                        weights.panel(panel).slice(block).prefetch(number - 1, tiles - 1);
-                    }
+    let next_task = task.next.map(|(weights, first)| weights.panels(first, panels.count()));
+    ROOM.with_borrow_mut(|room| {
+        for block in 0..blocks {
+            // What comes after this block is asked for while this one is multiplied.
+            let next = if block + 1 < blocks { Some((panels, block + 1)) } else { next_task.map(|panels| (panels, 0)) };
+            let block_of_all = panels.block(block, room);
+            let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
+            for (number, (rows, output)) in chunks.enumerate() {
+                let count = copy_rows(&mut tile, rows, inputs, block, form);
+                for panel in 0..panels.count() {
+                    let ahead =
+                        next.map_or(Ahead::NOTHING, |(panels, block)| panels.ahead(block, panel, number, tiles));
+                    let slice = block_of_all.slice(panel);
+                    instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0, ahead);
                 }
-                instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0);
             }
         }
-    }
+    });
 }
 
-impl Slice<'_> {
-    /// Asks for one of some parts of it to be brought into the cache.
+impl<'a> Slice<'a> {
+    /// One of some parts of it, as what lies ahead.
     #[inline(always)]
-    fn prefetch(self, part: usize, parts: usize) {
+    pub(super) fn part(self, part: usize, parts: usize) -> Ahead<'a> {
         let bytes: &[u8] = match self {
             Slice::F32(lines) => bytemuck::cast_slice(lines),
             Slice::Bf16 { pairs, .. } => bytemuck::cast_slice(pairs),
             Slice::Rounded(lines) => bytemuck::cast_slice(lines),
         };
-        let length = bytes.len().div_ceil(parts).next_multiple_of(64);
-        let from = (part * length).min(bytes.len());
-        for line in bytes[from..bytes.len().min(from + length)].chunks(64) {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a hint about an address, which is that of a slice; nothing is read.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            let _ = line;
-        }
+        let border = |part: usize| bytes.len() / 64 * part / parts * 64;
+        Ahead::bytes(&bytes[border(part)..border(part + 1)])
     }
 }
 
