@@ -279,13 +279,24 @@ fn cut<'a>(
     }
 }
 
+/// What a thread works in, kept from one task to the next.
+struct Room {
+    /// Rows of the tile that is multiplied.
+    tile: Vec<TileRow>,
+    /// Blocks that were not packed before.
+    lines: Vec<Line<f32>>,
+}
+
 thread_local! {
-    /// Where a thread packs blocks that were not packed before.
-    static ROOM: RefCell<Vec<Line<f32>>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Room> = const { RefCell::new(Room { tile: Vec::new(), lines: Vec::new() }) };
 }
 
 fn run(instructions: Instructions, task: &mut Task<'_>) {
     let _tiles = instructions.begin();
+    ROOM.with_borrow_mut(|room| run_in(room, instructions, task));
+}
+
+fn run_in(room: &mut Room, instructions: Instructions, task: &mut Task<'_>) {
     let weights = task.weights;
     let inputs = weights.inputs();
     let form = instructions.row_form(weights.numbers());
@@ -293,12 +304,15 @@ fn run(instructions: Instructions, task: &mut Task<'_>) {
     let panels = weights.panels(task.first_panel, task.output[0].len().div_ceil(PANEL));
     let blocks = weights.blocks();
     let tiles = task.output.len().div_ceil(height);
-    let mut tile = vec![TileRow::ZEROS; height.min(task.output.len())];
+    let Room { tile, lines } = room;
+    if tile.len() < height {
+        tile.resize(height, TileRow::ZEROS);
+    }
     if let (1, Operand::Packed(weights)) = (tiles, weights) {
         // One tile: the weights are read once, in the order they lie in.
         for panel in 0..panels.count() {
             for block in 0..blocks {
-                let count = copy_rows(&mut tile, task.rows, inputs, block, form);
+                let count = copy_rows(tile, task.rows, inputs, block, form);
                 let slice = weights.panel(task.first_panel + panel).slice(block);
                 let column = panel * PANEL;
                 instructions.add_tile(&tile[..count], slice, &mut task.output, column, block == 0, Ahead::NOTHING);
@@ -307,23 +321,20 @@ fn run(instructions: Instructions, task: &mut Task<'_>) {
         return;
     }
     let next_task = task.next.map(|(weights, first)| weights.panels(first, panels.count()));
-    ROOM.with_borrow_mut(|room| {
-        for block in 0..blocks {
-            // What comes after this block is asked for while this one is multiplied.
-            let next = if block + 1 < blocks { Some((panels, block + 1)) } else { next_task.map(|panels| (panels, 0)) };
-            let block_of_all = panels.block(block, room);
-            let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
-            for (number, (rows, output)) in chunks.enumerate() {
-                let count = copy_rows(&mut tile, rows, inputs, block, form);
-                for panel in 0..panels.count() {
-                    let ahead =
-                        next.map_or(Ahead::NOTHING, |(panels, block)| panels.ahead(block, panel, number, tiles));
-                    let slice = block_of_all.slice(panel);
-                    instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0, ahead);
-                }
+    for block in 0..blocks {
+        // What comes after this block is asked for while this one is multiplied.
+        let next = if block + 1 < blocks { Some((panels, block + 1)) } else { next_task.map(|panels| (panels, 0)) };
+        let block_of_all = panels.block(block, lines);
+        let chunks = task.rows.chunks(height * inputs).zip(task.output.chunks_mut(height));
+        for (number, (rows, output)) in chunks.enumerate() {
+            let count = copy_rows(tile, rows, inputs, block, form);
+            for panel in 0..panels.count() {
+                let ahead = next.map_or(Ahead::NOTHING, |(panels, block)| panels.ahead(block, panel, number, tiles));
+                let slice = block_of_all.slice(panel);
+                instructions.add_tile(&tile[..count], slice, output, panel * PANEL, block == 0, ahead);
             }
         }
-    });
+    }
 }
 
 impl<'a> Slice<'a> {
