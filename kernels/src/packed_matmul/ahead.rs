@@ -34,6 +34,13 @@ impl<'a> Ahead<'a> {
         self.rows
     }
 
+    /// Asks for all of it.
+    pub fn at_once(self) {
+        let lines = (self.rows * self.first.len()).div_ceil(64);
+        let mut requests = self.over(lines);
+        (0..lines).for_each(|_| requests.next());
+    }
+
     /// Spread over so many steps, each of which asks for what begins in its share.
     #[inline(always)]
     pub fn over(self, steps: usize) -> Requests {

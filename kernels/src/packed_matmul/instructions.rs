@@ -227,6 +227,8 @@ impl Instructions {
             // SAFETY: a value of this exists only where processor and system were found to allow it.
             #[cfg(target_arch = "x86_64")]
             (Set::Amx, Slice::Rounded(lines)) => unsafe {
+                // Its loop is assembly, with no step to ask in.
+                ahead.at_once();
                 return amx_assembly::with_tiles(|tiles| amx::sums(tiles, rows, lines, places, first));
             },
             _ => {}

@@ -18,6 +18,8 @@
 //! is the same. That is a definition as well, of which a row's bits are the same alone, among others and on any number of
 //! threads. So bits of these matrices are the same on all processors without AMX, and on all with it.
 
+// Other processors have nothing to ask with yet.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 mod ahead;
 mod amx;
 mod amx_emulation;
