@@ -38,18 +38,26 @@ impl BlockSums {
 
     /// Appends the blocks of some more entries. What was there before must have ended with a whole block.
     pub fn append(&mut self, entries: &[f32], temperature: f32) {
+        self.append_each(&[entries], temperature);
+    }
+
+    /// [`append`](Self::append) of one row after the other.
+    pub fn append_each<R: AsRef<[f32]>>(&mut self, rows: &[R], temperature: f32) {
         let before = self.largest.len();
-        let blocks = before + entries.len().div_ceil(BLOCK);
-        self.largest.resize(blocks, f32::NEG_INFINITY);
-        self.masses.resize(blocks, 0.0);
-        let mut places = self.largest[before..].iter_mut().zip(&mut self.masses[before..]);
+        let blocks: usize = rows.iter().map(|row| row.as_ref().len().div_ceil(BLOCK)).sum();
+        self.largest.resize(before + blocks, f32::NEG_INFINITY);
+        self.masses.resize(before + blocks, 0.0);
+        let (maxima, masses) = (&mut self.largest[before..], &mut self.masses[before..]);
         let inverse = 1.0 / temperature;
         vectorised(
             #[inline(always)]
             || {
-                for (block, (largest, mass)) in entries.chunks(BLOCK).zip(places.by_ref()) {
-                    *largest = block_largest(block);
-                    *mass = block_mass(block, *largest, inverse);
+                let mut places = maxima.iter_mut().zip(masses.iter_mut());
+                for row in rows {
+                    for (block, (largest, mass)) in row.as_ref().chunks(BLOCK).zip(places.by_ref()) {
+                        *largest = block_largest(block);
+                        *mass = block_mass(block, *largest, inverse);
+                    }
                 }
             },
         );

@@ -118,7 +118,7 @@ pub fn select_products(
     let pieces =
         multiply_then(Instructions::best(), vec![Product::new(hidden, Operand::Packed(head), room)], |piece| {
             let mut sums = BlockSums::with_capacity(piece.rows.iter().map(|row| row.len().div_ceil(BLOCK)).sum());
-            piece.rows.iter().for_each(|row| sums.append(row, temperatures[0]));
+            sums.append_each(piece.rows, temperatures[0]);
             (piece.first_row, piece.rows.len(), sums)
         });
     drop(span);
