@@ -36,6 +36,11 @@ doc:
 device-lint:
     cargo clippy -p limbeck-kernels --features wgpu,fusion,cuda-text --all-targets -- -D warnings
 
+# The kernels for other devices on the Vulkan driver at hand, without burn's fusion and with it
+device-test:
+    cargo test -p limbeck-kernels --features wgpu --test device_form
+    cargo test -p limbeck-kernels --features wgpu,fusion --test device_form --test device_operations --test device_tiles
+
 # Type-check the CUDA build; needs no CUDA
 cuda-check:
     DOCS_RS=1 cargo check --features cuda

@@ -9,6 +9,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use limbeck::Error;
 use limbeck::checkpoint::checkpoint_dir;
+use limbeck::models::llama4::Llama4Config;
 use limbeck::schedule::{LearningRate, Schedule};
 use limbeck::train::TrainConfig;
 use limbeck::train::metrics::Metric;
@@ -60,6 +61,34 @@ fn a_training_that_died_goes_on_from_its_last_checkpoint_to_the_same_bits() {
     assert_same_lines(&metrics(&died), &metrics(&whole));
     let last = |dir: &Path| files(&checkpoint_dir(dir, STEPS));
     assert!(last(&died) == last(&whole));
+}
+
+/// Wide enough that every product, the loss and the update are divided among the threads.
+#[test]
+fn training_gives_the_same_bits_on_any_number_of_threads() {
+    let student = || Llama4Config {
+        hidden_size: 96,
+        head_dim: 24,
+        intermediate_size: 80,
+        intermediate_size_mlp: 160,
+        ..scout(2, 3 * 1024 + 40)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let on = |threads: usize| {
+        let dir = folder.path().join(threads.to_string());
+        let config = TrainConfig { steps: 3, sequences_per_step: 16, sequences_per_micro_batch: 8, ..config() };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| train_student(&dir, student(), config, &Source::new())).unwrap();
+        (metrics(&dir), files(&checkpoint_dir(&dir, 3)))
+    };
+    let (lines, checkpoint) = on(1);
+    for threads in [2, 3] {
+        let found = on(threads);
+        assert_same_lines(&found.0, &lines);
+        for (path, bytes) in &checkpoint {
+            assert!(*bytes == found.1[path], "{} is not the same on {threads} threads", path.display());
+        }
+    }
 }
 
 #[test]

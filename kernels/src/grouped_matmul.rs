@@ -1,13 +1,12 @@
 //! One matrix product per group of rows: each expert multiplies only the tokens that chose it.
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 use std::sync::Arc;
 
 #[cfg(feature = "device")]
 use crate::device;
 use crate::{
-    gemm_call::{View, multiply, stacked},
+    gemm_call::{View, stacked},
     host_op::{self, Forward, HostArray, HostOp},
     packed_matmul::{Instructions, Operand, Product, multiply_then},
 };
@@ -50,31 +49,32 @@ struct GroupedMatmul {
     offsets: Arc<Vec<usize>>,
 }
 
-/// Rows of a group that are multiplied at once: enough to pay for packing a matrix, few enough that a large group is many
-/// tasks. Fixed, so that no sum depends on how many threads there are.
+/// Rows of a weight's gradient that are one task: few enough that a large matrix is many. Fixed, so that no sum depends on
+/// how many threads there are.
 const ROW_BLOCK: usize = 256;
 
 impl GroupedMatmul {
-    /// Calls `body` for blocks of the rows of each group, in parallel: the group, the block's first row, how many rows it
-    /// has, and its rows of `output`, which are `width` wide.
-    fn each_block(&self, output: &mut [f32], width: usize, body: impl Fn(usize, usize, usize, &mut [f32]) + Sync) {
-        let mut rest = output;
-        let mut blocks = vec![];
-        for (group, bounds) in self.offsets.windows(2).enumerate() {
-            let rows = bounds[1] - bounds[0];
-            if rows == 0 {
-                continue;
-            }
-            // Blocks of nearly equal height.
-            let height = rows.div_ceil(rows.div_ceil(ROW_BLOCK));
-            for first in (bounds[0]..bounds[1]).step_by(height) {
-                let count = height.min(bounds[1] - first);
-                let (rows, after) = rest.split_at_mut(count * width);
-                blocks.push((group, first, count, rows));
-                rest = after;
-            }
+    /// The rows of each group times its matrix, as `operand` reads it.
+    ///
+    /// # Shapes
+    /// - `rows` `[N, inputs]`, `weights` G matrices; the result `[N, outputs]`
+    fn products<'a>(
+        &self,
+        rows: &'a [f32],
+        weights: &'a [f32],
+        [inputs, outputs]: [usize; 2],
+        operand: impl Fn(&'a [f32]) -> Operand<'a>,
+    ) -> Vec<f32> {
+        let mut output = vec![0.0; rows.len() / inputs * outputs];
+        let mut rest = &mut output[..];
+        let mut products = vec![];
+        for (bounds, values) in self.offsets.windows(2).zip(weights.chunks_exact(inputs * outputs)) {
+            let (output, after) = rest.split_at_mut((bounds[1] - bounds[0]) * outputs);
+            products.push(Product::new(&rows[bounds[0] * inputs..bounds[1] * inputs], operand(values), output));
+            rest = after;
         }
-        blocks.into_par_iter().for_each(|(group, first, count, rows)| body(group, first, count, rows));
+        multiply_then(Instructions::best(), products, |_| ());
+        output
     }
 }
 
@@ -86,16 +86,8 @@ impl HostOp for GroupedMatmul {
     fn forward(&self, inputs: &[HostArray<'_>]) -> Forward {
         let (x, weights) = (inputs[0], inputs[1]);
         let (rows, inner, outer) = (x.shape[0], weights.shape[1], weights.shape[2]);
-        let mut output = vec![0.0; rows * outer];
-        let mut rest = &mut output[..];
-        let mut products = vec![];
-        for (bounds, values) in self.offsets.windows(2).zip(weights.data.chunks_exact(inner * outer)) {
-            let (output, after) = rest.split_at_mut((bounds[1] - bounds[0]) * outer);
-            let operand = Operand::RowMajor { values, inputs: inner, outputs: outer };
-            products.push(Product::new(&x.data[bounds[0] * inner..bounds[1] * inner], operand, output));
-            rest = after;
-        }
-        multiply_then(Instructions::best(), products, |_| ());
+        let operand = |values| Operand::RowMajor { values, inputs: inner, outputs: outer };
+        let output = self.products(x.data, weights.data, [inner, outer], operand);
         Forward { shape: vec![rows, outer], data: output, saved: vec![] }
     }
 
@@ -103,13 +95,8 @@ impl HostOp for GroupedMatmul {
         let (x, weights) = (inputs[0], inputs[1]);
         let (inner, outer) = (weights.shape[1], weights.shape[2]);
         let x_grad = needed[0].then(|| {
-            let mut x_grad = vec![0.0; x.data.len()];
-            self.each_block(&mut x_grad, inner, |group, first, count, x_grad| {
-                let grad = View::rows(&grad[first * outer..], count, outer, outer);
-                let weight = View::rows(&weights.data[group * inner * outer..], inner, outer, outer).transposed();
-                multiply(x_grad, inner, false, 1.0, grad, weight, false);
-            });
-            x_grad
+            let operand = |values| Operand::Transposed { values, inputs: outer, outputs: inner };
+            self.products(grad, weights.data, [outer, inner], operand)
         });
         let weight_grad = needed[1].then(|| {
             let products: Vec<_> = self

@@ -5,11 +5,11 @@
 //! entries are added up relative to its own largest, which takes nothing but the block to know: so whoever computes the
 //! logits can do it while they are in cache.
 
-use crate::vector_math::{exp, vectorised};
+use crate::vector_math::{exp, power_of_two, split, vectorised};
 
 /// Entries per block.
 pub const BLOCK: usize = 64;
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 /// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is
 /// left.
@@ -31,6 +31,18 @@ impl BlockSums {
         sums
     }
 
+    /// Of one row, out of those of pieces of it: of each, the blocks of some rows one behind the other, and which of the
+    /// rows it is.
+    pub fn of_pieces<'a>(pieces: impl Iterator<Item = (&'a BlockSums, usize, usize)>, blocks: usize) -> Self {
+        let mut sums = BlockSums::with_capacity(blocks);
+        for (piece, rows, row) in pieces {
+            let count = piece.largest.len() / rows;
+            sums.largest.extend_from_slice(&piece.largest[row * count..][..count]);
+            sums.masses.extend_from_slice(&piece.masses[row * count..][..count]);
+        }
+        sums
+    }
+
     /// None yet, with room for so many blocks.
     pub fn with_capacity(blocks: usize) -> Self {
         BlockSums { largest: Vec::with_capacity(blocks), masses: Vec::with_capacity(blocks) }
@@ -48,7 +60,7 @@ impl BlockSums {
         self.largest.resize(before + blocks, f32::NEG_INFINITY);
         self.masses.resize(before + blocks, 0.0);
         let (maxima, masses) = (&mut self.largest[before..], &mut self.masses[before..]);
-        let inverse = 1.0 / temperature;
+        let scale = split(std::f64::consts::LOG2_E / temperature as f64);
         vectorised(
             #[inline(always)]
             || {
@@ -56,7 +68,7 @@ impl BlockSums {
                 for row in rows {
                     for (block, (largest, mass)) in row.as_ref().chunks(BLOCK).zip(places.by_ref()) {
                         *largest = block_largest(block);
-                        *mass = block_mass(block, *largest, inverse);
+                        *mass = block_mass(block, *largest, scale);
                     }
                 }
             },
@@ -93,17 +105,26 @@ fn block_largest(block: &[f32]) -> f32 {
     join(lanes, larger)
 }
 
+/// `scale` is the base-2 logarithm of e over the temperature, [split].
 #[inline(always)]
-fn block_mass(block: &[f32], largest: f32, inverse: f32) -> f32 {
-    // Where everything is infinitely small there is nothing to be relative to.
-    let shift = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
+fn block_mass(block: &[f32], largest: f32, scale: [f32; 2]) -> f32 {
+    if largest == f32::NEG_INFINITY {
+        // Nothing, or not a number: `-inf` less itself is not a number.
+        return block.iter().map(|&value| if value.is_nan() { value } else { 0.0 }).sum();
+    }
+    // What is smaller than the smallest is lost beside the largest, which is 1.
+    let smallest = -126.0 / scale[0];
+    let weight = |value: f32| {
+        let x = value - largest;
+        power_of_two(if x < smallest { smallest } else { x }, scale)
+    };
     let Ok(block) = <&[f32; BLOCK]>::try_from(block) else {
-        return block.iter().map(|&value| exp((value - shift) * inverse)).sum();
+        return block.iter().map(|&value| weight(value)).sum();
     };
     let mut lanes = [0.0f32; LANES];
     for chunk in block.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            lanes[lane] += exp((chunk[lane] - shift) * inverse);
+            lanes[lane] += weight(chunk[lane]);
         }
     }
     join(lanes, |a, b| a + b)
@@ -111,7 +132,7 @@ fn block_mass(block: &[f32], largest: f32, inverse: f32) -> f32 {
 
 /// Halves the lanes until one is left: the same order whatever the width of the vectors.
 #[inline(always)]
-fn join(mut lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
+fn join<T: Copy>(mut lanes: [T; LANES], with: impl Fn(T, T) -> T) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -120,6 +141,24 @@ fn join(mut lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+/// A sum in f64, in lanes: in one chain each addition would wait for the one before.
+fn sum_of(weights: &[f32]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    vectorised(
+        #[inline(always)]
+        || {
+            let (whole, rest) = weights.as_chunks::<LANES>();
+            for chunk in whole {
+                for lane in 0..LANES {
+                    lanes[lane] += chunk[lane] as f64;
+                }
+            }
+            rest.iter().zip(&mut lanes).for_each(|(&weight, lane)| *lane += weight as f64);
+        },
+    );
+    join(lanes, |a, b| a + b)
 }
 
 /// A row, and the sum of `exp((logit - largest) / temperature)` over each block of it.
@@ -157,7 +196,7 @@ impl<'a> RowMasses<'a> {
                 }
             },
         );
-        let total = blocks.iter().map(|&mass| mass as f64).sum();
+        let total = sum_of(&blocks);
         RowMasses { row, largest, temperature, blocks, total }
     }
 
@@ -196,8 +235,16 @@ impl<'a> RowMasses<'a> {
     /// Logarithm of what all ids but these add up to, relative to the largest entry; `-inf` when nothing is left. `ids`
     /// ascend.
     pub(crate) fn log_outside(&self, ids: &[u32]) -> f64 {
+        let mut untouched = self.blocks.clone();
         let mut sum = 0.0;
-        self.for_each_block(ids, |_, mass, _| sum += mass);
+        for inside in ids.chunk_by(|a, b| *a as usize / BLOCK == *b as usize / BLOCK) {
+            let block = inside[0] as usize / BLOCK;
+            untouched[block] = 0.0;
+            let mut buffer = [0.0; BLOCK];
+            self.weights(block, inside, &mut buffer);
+            sum += sum_of(&buffer);
+        }
+        sum += sum_of(&untouched);
         if sum > FAINT {
             return sum.ln();
         }
@@ -248,13 +295,13 @@ impl<'a> RowMasses<'a> {
                 visit(block, mass as f64, inside);
             } else {
                 let mut buffer = [0.0; BLOCK];
-                let weights = self.weights(block, inside, &mut buffer);
-                visit(block, weights.iter().map(|&weight| weight as f64).sum(), inside);
+                self.weights(block, inside, &mut buffer);
+                visit(block, sum_of(&buffer), inside);
             }
         }
     }
 
-    /// The weights of a block's entries, 0 for those excluded.
+    /// The weights of a block's entries, 0 for those excluded. What lies in `buffer` behind the last of them stays.
     fn weights<'b>(&self, block: usize, excluded: &[u32], buffer: &'b mut [f32; BLOCK]) -> &'b [f32] {
         let values = self.block(block);
         let (largest, inverse) = (self.largest, 1.0 / self.temperature);

@@ -123,20 +123,15 @@ pub fn select_products(
         });
     drop(span);
     let _span = profile::op("log-sum-exp + top-k").with("rows", places.len() as u64);
-    let mut sums: Vec<_> = places.iter().map(|_| BlockSums::with_capacity(vocab.div_ceil(BLOCK))).collect();
-    // Pieces come in the order of their columns, and are cut between blocks.
+    // Pieces come in the order of their rows and columns, and are cut between blocks.
     const { assert!(BLOCK.is_multiple_of(PANEL)) };
-    for (first_row, rows, piece) in pieces {
-        let blocks = piece.largest.len() / rows;
-        let parts = piece.largest.chunks(blocks).zip(piece.masses.chunks(blocks));
-        for (all, (largest, masses)) in sums[first_row..].iter_mut().zip(parts) {
-            all.largest.extend_from_slice(largest);
-            all.masses.extend_from_slice(masses);
-        }
-    }
-    let of_row =
-        |((row, sums), place): ((&[f32], BlockSums), &RowPlace)| select_row(row, sums, place, rule, temperatures);
-    room.par_chunks(vocab).zip(sums).zip(places).map(of_row).collect()
+    let of_same_rows: Vec<&[_]> = pieces.chunk_by(|a, b| a.0 == b.0).collect();
+    let of_row = |(number, (row, place)): (usize, (&[f32], &RowPlace))| {
+        let pieces = of_same_rows[of_same_rows.partition_point(|pieces| pieces[0].0 <= number) - 1];
+        let parts = pieces.iter().map(|(first_row, rows, sums)| (sums, *rows, number - first_row));
+        select_row(row, BlockSums::of_pieces(parts, vocab.div_ceil(BLOCK)), place, rule, temperatures)
+    };
+    room.par_chunks(vocab).zip(places).enumerate().map(of_row).collect()
 }
 
 fn check(rule: Rule, vocab: usize, temperatures: &[f32]) {

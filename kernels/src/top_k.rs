@@ -3,8 +3,9 @@
 use std::cmp::Ordering;
 
 use crate::{
-    row_masses::BLOCK,
+    row_masses::{BLOCK, LANES},
     selection::{RowPlace, Rule, SelectedRow, select},
+    vector_math::vectorised,
 };
 
 /// Summarises each row of logits by its `k` largest entries.
@@ -33,13 +34,7 @@ pub(crate) fn largest_ids(row: &[f32], maxima: &[f32], k: usize) -> Vec<u32> {
     } else {
         f32::NEG_INFINITY
     };
-    let mut candidates: Vec<u32> = Vec::with_capacity(4 * k);
-    for (block, values) in row.chunks(BLOCK).enumerate() {
-        if maxima[block] >= bound {
-            let first = (block * BLOCK) as u32;
-            candidates.extend((0..values.len() as u32).filter(|&i| values[i as usize] >= bound).map(|i| first + i));
-        }
-    }
+    let mut candidates = ids_at_least(row, maxima, bound);
     let order = by_logit(row);
     if candidates.len() > k {
         candidates.select_nth_unstable_by(k - 1, order);
@@ -47,6 +42,39 @@ pub(crate) fn largest_ids(row: &[f32], maxima: &[f32], k: usize) -> Vec<u32> {
     }
     candidates.sort_unstable_by(order);
     candidates
+}
+
+/// Ids of entries that are at least `bound`, in ascending order.
+fn ids_at_least(row: &[f32], maxima: &[f32], bound: f32) -> Vec<u32> {
+    let blocks: Vec<usize> = (0..maxima.len()).filter(|&block| maxima[block] >= bound).collect();
+    // Brought together first: nothing is decided on the way, so that they wait for memory together.
+    let mut values = Vec::with_capacity(blocks.len() * BLOCK);
+    for &block in &blocks {
+        values.extend_from_slice(&row[block * BLOCK..row.len().min((block + 1) * BLOCK)]);
+    }
+    let mut ids = Vec::with_capacity(2 * blocks.len());
+    vectorised(
+        #[inline(always)]
+        || {
+            for (&block, values) in blocks.iter().zip(values.chunks(BLOCK)) {
+                let mut first = (block * BLOCK) as u32;
+                let (whole, rest) = values.as_chunks::<LANES>();
+                for chunk in whole {
+                    let mut reached = 0;
+                    for lane in 0..LANES {
+                        reached |= ((chunk[lane] >= bound) as u32) << lane;
+                    }
+                    while reached != 0 {
+                        ids.push(first + reached.trailing_zeros());
+                        reached &= reached - 1;
+                    }
+                    first += LANES as u32;
+                }
+                ids.extend((first..).zip(rest).filter(|&(_, &value)| value >= bound).map(|(id, _)| id));
+            }
+        },
+    );
+    ids
 }
 
 #[cfg(test)]

@@ -121,12 +121,12 @@ pub fn config() -> TrainConfig {
 }
 
 pub fn trainer(config: TrainConfig, layers: usize) -> Trainer {
-    trainer_over(config, layers, Source::new().sequence_count())
+    trainer_of(scout(layers, VOCAB), config, Source::new().sequence_count())
 }
 
-/// As [`trainer`], over some number of sequences.
-fn trainer_over(config: TrainConfig, layers: usize, sequence_count: u64) -> Trainer {
-    let student = scout(layers, VOCAB).decoder(Path::new("student")).unwrap();
+/// A trainer of a student over some number of sequences.
+fn trainer_of(student: Llama4Config, config: TrainConfig, sequence_count: u64) -> Trainer {
+    let student = student.decoder(Path::new("student")).unwrap();
     let tracked = Device::flex().autodiff();
     let student = Decoder::load(student, &RandomWeights { seed: 11, std: 0.05 }, &tracked).unwrap();
     let weighting = Weighting::Linear { from: 0.9, to: 0.5 };
@@ -160,7 +160,12 @@ pub fn evaluation<'a>(source: &'a Source, held_out: &'a Source) -> Evaluate<'a> 
 
 /// Trains in a directory from where it stands to the end, or until the source asks to stop.
 pub fn train(dir: &Path, config: TrainConfig, source: &Source) -> Result<()> {
-    let mut trainer = trainer_over(config, 2, source.sequence_count()).resume(dir, &Device::flex().autodiff())?;
+    train_student(dir, scout(2, VOCAB), config, source)
+}
+
+/// As [`train`], with another student.
+pub fn train_student(dir: &Path, student: Llama4Config, config: TrainConfig, source: &Source) -> Result<()> {
+    let mut trainer = trainer_of(student, config, source.sequence_count()).resume(dir, &Device::flex().autodiff())?;
     let held_out = Source::new();
     let output = TrainOutput {
         dir: dir.to_path_buf(),

@@ -1,5 +1,7 @@
 //! The attention half: norm, projections, rotation, and attention by tiles of keys, whose scores are never whole.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
@@ -426,8 +428,8 @@ fn soften(
         #[inline(always)]
         || {
             let mut most = f32::NEG_INFINITY;
-            for_each_block(begin, stop, |block, from, to| {
-                let part = &scores[block][row][from..to];
+            for block in blocks(begin, stop) {
+                let part = &scores[block][row][part_of(block, begin, stop)];
                 let mut lanes = [f32::NEG_INFINITY; 16];
                 let (whole, rest) = part.as_chunks::<16>();
                 for chunk in whole {
@@ -436,14 +438,14 @@ fn soften(
                     }
                 }
                 most = lanes.iter().chain(rest).fold(most, |most, &value| if value > most { value } else { most });
-            });
+            }
             // What a row does not see of this tile leaves it as it was.
             let before = *largest;
             let most = if most > before { most } else { before };
             let shrink = if before == f32::NEG_INFINITY { 0.0 } else { exp(before - most) };
             let mut sum = 0.0;
-            for_each_block(begin, stop, |block, from, to| {
-                let part = &mut scores[block][row][from..to];
+            for block in blocks(begin, stop) {
+                let part = &mut scores[block][row][part_of(block, begin, stop)];
                 let mut lanes = [0.0f32; 16];
                 let (whole, rest) = part.as_chunks_mut::<16>();
                 for chunk in whole {
@@ -457,9 +459,12 @@ fn soften(
                     lanes[lane] += *value;
                 }
                 sum += lanes.iter().sum::<f32>();
-            });
-            for_each_block(0, begin, |block, from, to| scores[block][row][from..to].fill(0.0));
-            for_each_block(stop, end, |block, from, to| scores[block][row][from..to].fill(0.0));
+            }
+            for (begin, end) in [(0, begin), (stop, end)] {
+                for block in blocks(begin, end) {
+                    scores[block][row][part_of(block, begin, end)].fill(0.0);
+                }
+            }
             *largest = most;
             *total = *total * shrink + sum;
             shrink
@@ -467,14 +472,16 @@ fn soften(
     )
 }
 
-/// The parts of `begin..end` that lie in each block of k.
+/// The blocks of k that `begin..end` has a part in. (No closure is called with each: in a closure inside another it would be
+/// compiled for processors without wide vectors.)
 #[inline(always)]
-fn for_each_block(begin: usize, end: usize, mut body: impl FnMut(usize, usize, usize)) {
-    let mut at = begin;
-    while at < end {
-        let block = at / K;
-        let to = end.min((block + 1) * K);
-        body(block, at - block * K, to - block * K);
-        at = to;
-    }
+fn blocks(begin: usize, end: usize) -> Range<usize> {
+    if begin < end { begin / K..end.div_ceil(K) } else { 0..0 }
+}
+
+/// Where in a block that part is.
+#[inline(always)]
+fn part_of(block: usize, begin: usize, end: usize) -> Range<usize> {
+    let first = block * K;
+    begin.max(first) - first..end.min(first + K) - first
 }

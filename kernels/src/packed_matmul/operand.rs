@@ -1,10 +1,13 @@
 //! Weights as a task takes them: packed long ago, or a block at a time on the way.
 
+use std::ops::Range;
+
 use super::{
     Numbers, PackedMatrix,
     ahead::Ahead,
     tiles::{K_BLOCK, Line, PANEL, Slice},
 };
+use crate::vector_math::vectorised;
 
 /// The right operand of a product.
 #[derive(Debug, Clone, Copy)]
@@ -13,6 +16,12 @@ pub(crate) enum Operand<'a> {
     /// `[inputs, outputs]`, row-major, in f32. A block of it is packed by each task that multiplies with it: a copy of as
     /// many numbers for each hundred rows.
     RowMajor {
+        values: &'a [f32],
+        inputs: usize,
+        outputs: usize,
+    },
+    /// The same of `[outputs, inputs]`.
+    Transposed {
         values: &'a [f32],
         inputs: usize,
         outputs: usize,
@@ -31,21 +40,21 @@ impl<'a> Operand<'a> {
     pub fn inputs(self) -> usize {
         match self {
             Operand::Packed(weights) => weights.inputs(),
-            Operand::RowMajor { inputs, .. } => inputs,
+            Operand::RowMajor { inputs, .. } | Operand::Transposed { inputs, .. } => inputs,
         }
     }
 
     pub fn outputs(self) -> usize {
         match self {
             Operand::Packed(weights) => weights.outputs(),
-            Operand::RowMajor { outputs, .. } => outputs,
+            Operand::RowMajor { outputs, .. } | Operand::Transposed { outputs, .. } => outputs,
         }
     }
 
     pub(super) fn numbers(self) -> Numbers {
         match self {
             Operand::Packed(weights) => weights.numbers(),
-            Operand::RowMajor { .. } => Numbers::F32,
+            Operand::RowMajor { .. } | Operand::Transposed { .. } => Numbers::F32,
         }
     }
 
@@ -53,7 +62,7 @@ impl<'a> Operand<'a> {
     pub(super) fn some_slice(self) -> Slice<'a> {
         match self {
             Operand::Packed(weights) => weights.panel(0).slice(0),
-            Operand::RowMajor { .. } => Slice::F32(&[]),
+            Operand::RowMajor { .. } | Operand::Transposed { .. } => Slice::F32(&[]),
         }
     }
 
@@ -61,7 +70,7 @@ impl<'a> Operand<'a> {
     pub(super) fn blocks(self) -> usize {
         match self {
             Operand::Packed(weights) => weights.panel(0).blocks(),
-            Operand::RowMajor { inputs, .. } => inputs.div_ceil(K_BLOCK),
+            Operand::RowMajor { inputs, .. } | Operand::Transposed { inputs, .. } => inputs.div_ceil(K_BLOCK),
         }
     }
 
@@ -85,26 +94,33 @@ impl<'a> Panels<'a> {
         match self.operand {
             Operand::Packed(weights) => Block::Packed { weights, first: self.first, block },
             Operand::RowMajor { values, inputs, outputs } => {
-                let (from, to) = (block * K_BLOCK, inputs.min((block + 1) * K_BLOCK));
-                let depth = to - from;
-                let needed = self.count * depth;
-                if room.len() < needed {
-                    room.resize(needed, Line([0.0; PANEL]));
-                }
+                let k = k_of(block, inputs);
                 let first = self.first * PANEL;
                 let columns = (self.count * PANEL).min(outputs - first);
-                for (k, row) in values[from * outputs..to * outputs].chunks_exact(outputs).enumerate() {
+                let depth = k.len();
+                let lines = lines(room, self.count * depth);
+                for (k, row) in values[k.start * outputs..k.end * outputs].chunks_exact(outputs).enumerate() {
                     let (whole, rest) = row[first..first + columns].as_chunks::<PANEL>();
                     for (panel, part) in whole.iter().enumerate() {
-                        room[panel * depth + k].0 = *part;
+                        lines[panel * depth + k].0 = *part;
                     }
                     if !rest.is_empty() {
-                        let line = &mut room[whole.len() * depth + k].0;
+                        let line = &mut lines[whole.len() * depth + k].0;
                         line[..rest.len()].copy_from_slice(rest);
                         line[rest.len()..].fill(0.0);
                     }
                 }
-                Block::Copied { lines: &room[..needed], depth }
+                Block::Copied { lines, depth }
+            }
+            Operand::Transposed { values, inputs, .. } => {
+                let k = k_of(block, inputs);
+                let depth = k.len();
+                let lines = lines(room, self.count * depth);
+                let columns = values[self.first * PANEL * inputs..].chunks(PANEL * inputs);
+                for (lines, columns) in lines.chunks_exact_mut(depth).zip(columns) {
+                    pack_columns(columns, inputs, k.clone(), lines);
+                }
+                Block::Copied { lines, depth }
             }
         }
     }
@@ -117,16 +133,93 @@ impl<'a> Panels<'a> {
         match self.operand {
             Operand::Packed(weights) => weights.panel(self.first + panel).slice(block).part(part, parts),
             Operand::RowMajor { values, inputs, outputs } => {
-                let (from, to) = (block * K_BLOCK, inputs.min((block + 1) * K_BLOCK));
+                let k = k_of(block, inputs);
                 // All columns of some rows.
                 let (part, parts) = (part * self.count + panel, parts * self.count);
-                let border = |part: usize| from + (to - from) * part / parts;
+                let border = |part: usize| k.start + k.len() * part / parts;
                 let first = self.first * PANEL;
                 let columns = (self.count * PANEL).min(outputs - first);
                 Ahead::rows(values, first, columns, outputs, border(part)..border(part + 1))
             }
+            Operand::Transposed { values, inputs, outputs } => {
+                let k = k_of(block, inputs);
+                let first = (self.first + panel) * PANEL;
+                let columns = PANEL.min(outputs - first);
+                let border = |part: usize| first + columns * part / parts;
+                Ahead::rows(values, k.start, k.len(), inputs, border(part)..border(part + 1))
+            }
         }
     }
+}
+
+fn k_of(block: usize, inputs: usize) -> Range<usize> {
+    block * K_BLOCK..inputs.min((block + 1) * K_BLOCK)
+}
+
+/// So many lines of a room, which grows where it has to.
+fn lines(room: &mut Vec<Line<f32>>, count: usize) -> &mut [Line<f32>] {
+    if room.len() < count {
+        room.resize(count, Line([0.0; PANEL]));
+    }
+    &mut room[..count]
+}
+
+/// One side of the squares in which columns that lie one behind the other become lines.
+const SQUARE: usize = 16;
+
+/// Brings some numbers of up to a panel's columns beside each other. What a column that is not there leaves is 0.
+///
+/// # Shapes
+/// - `columns` `[up to PANEL, inputs]`, `lines` `[k]`
+fn pack_columns(columns: &[f32], inputs: usize, k: Range<usize>, lines: &mut [Line<f32>]) {
+    let count = columns.len() / inputs;
+    if count < PANEL {
+        lines.fill(Line([0.0; PANEL]));
+    }
+    vectorised(
+        #[inline(always)]
+        || {
+            for first in (0..count).step_by(SQUARE) {
+                let mut done = 0;
+                if first + SQUARE <= count {
+                    for squares in lines.chunks_exact_mut(SQUARE) {
+                        let square = std::array::from_fn(|column| {
+                            let begin = (first + column) * inputs + k.start + done;
+                            columns[begin..begin + SQUARE].try_into().expect("a side of a square")
+                        });
+                        for (line, row) in squares.iter_mut().zip(transposed(square)) {
+                            line.0[first..first + SQUARE].copy_from_slice(&row);
+                        }
+                        done += SQUARE;
+                    }
+                }
+                for column in first..count.min(first + SQUARE) {
+                    let rest = columns[column * inputs..][k.start + done..k.end].iter();
+                    rest.zip(&mut lines[done..]).for_each(|(value, line)| line.0[column] = *value);
+                }
+            }
+        },
+    );
+}
+
+/// Four times the halves of the rows are shuffled into each other: each time a number's row and column, written in bits one
+/// behind the other, turn by one bit, so that in the end they have changed places.
+#[inline(always)]
+fn transposed(mut square: [[f32; SQUARE]; SQUARE]) -> [[f32; SQUARE]; SQUARE] {
+    const HALF: usize = SQUARE / 2;
+    for _ in 0..SQUARE.ilog2() {
+        let mut next = [[0.0; SQUARE]; SQUARE];
+        for row in 0..HALF {
+            for column in 0..HALF {
+                next[2 * row][2 * column] = square[row][column];
+                next[2 * row][2 * column + 1] = square[row + HALF][column];
+                next[2 * row + 1][2 * column] = square[row][column + HALF];
+                next[2 * row + 1][2 * column + 1] = square[row + HALF][column + HALF];
+            }
+        }
+        square = next;
+    }
+    square
 }
 
 /// One block of k of some panels, packed.
@@ -157,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn row_major_weights_give_the_bits_of_packed_ones() {
+    fn weights_packed_on_the_way_give_the_bits_of_packed_ones() {
         for (rows, inputs, outputs) in [(1, 7, 5), (13, 256, 64), (64, 300, 333), (600, 520, 77)] {
             let (x, weights) = (values(rows * inputs, 1), values(inputs * outputs, 2));
             let packed = PackedMatrix::pack_f32(&weights, Order::InputMajor, inputs, outputs);
@@ -170,6 +263,10 @@ mod tests {
                 let expected = product(Operand::Packed(&packed));
                 let found = product(Operand::RowMajor { values: &weights, inputs, outputs });
                 assert!(found == expected, "{instructions}: {rows} x {inputs} x {outputs}");
+                let values: Vec<f32> =
+                    (0..outputs).flat_map(|j| weights.iter().skip(j).step_by(outputs)).copied().collect();
+                let found = product(Operand::Transposed { values: &values, inputs, outputs });
+                assert!(found == expected, "{instructions}: {rows} x {inputs} x {outputs}, transposed");
             }
         }
     }

@@ -258,7 +258,9 @@ fn cut<'a>(
     let task_rows = match weights {
         Operand::Packed(_) => TASK_ROWS,
         // Of nearly equal height.
-        Operand::RowMajor { .. } => row_count.div_ceil(row_count.div_ceil(PACKING_TASK_ROWS)),
+        Operand::RowMajor { .. } | Operand::Transposed { .. } => {
+            row_count.div_ceil(row_count.div_ceil(PACKING_TASK_ROWS))
+        }
     };
     let pieces = rows.chunks(task_rows * inputs).zip(output.chunks_mut(task_rows * outputs));
     for (number, (rows, output)) in pieces.enumerate() {
