@@ -18,7 +18,10 @@ use limbeck::{
 use limbeck_kernels::logsumexp_gather::hard_cross_entropy_sum;
 
 const LOGITS: f32 = 2e-4;
-const HIDDEN: f32 = 1e-4;
+/// Of the largest: 34 times f32's rounding, in models whose residual stream is up to forty times as large as what is added
+/// to it.
+const HIDDEN: f32 = 4e-6;
+/// Of the largest.
 const GRADIENTS: f32 = 1e-4;
 
 const FLOAT32: [&str; 8] = [
@@ -67,6 +70,11 @@ fn assert_within(what: &str, ours: &[f32], golden: &[f32], tolerance: f32) {
     }
 }
 
+/// Within a share of the largest golden value.
+fn assert_within_share(what: &str, ours: &[f32], golden: &[f32], share: f32) {
+    assert_within(what, ours, golden, share * golden.iter().fold(0.0f32, |most, value| most.max(value.abs())));
+}
+
 /// Cross-entropy summed over all rows but each sequence's last, as the goldens have it.
 fn summed_cross_entropy(logits: Tensor<2>, ids: &[u32], length: usize) -> Tensor<1> {
     let rows: Vec<i64> = (0..ids.len()).filter(|n| n % length != length - 1).map(|n| n as i64).collect();
@@ -86,20 +94,20 @@ fn logits_hidden_states_and_gradients_equal_the_goldens() {
         let layout = TokenLayout::of_documents(&model.config, ids.clone(), length);
 
         let mut hidden = model.embed(&layout);
-        assert_within(name, &values(hidden.clone()), &golden.floats("hidden.embed"), HIDDEN);
+        assert_within_share(name, &values(hidden.clone()), &golden.floats("hidden.embed"), HIDDEN);
         for index in 0..model.layer_count() {
             let output = model.layer(index, hidden, &layout);
             hidden = output.hidden;
             let what = format!("{name} block {index}");
-            assert_within(&what, &values(hidden.clone()), &golden.floats(&format!("hidden.{index}")), HIDDEN);
+            assert_within_share(&what, &values(hidden.clone()), &golden.floats(&format!("hidden.{index}")), HIDDEN);
             if let Some(routing) = output.routing {
                 let logits = golden.floats(&format!("router.{index}.logits"));
-                assert_within(&what, &values(routing.logits), &logits, HIDDEN);
+                assert_within_share(&what, &values(routing.logits), &logits, HIDDEN);
                 assert_eq!(routing.experts, golden.tokens(&format!("router.{index}.indices")), "{what}");
             }
         }
         let normed = model.final_norm(hidden);
-        assert_within(name, &values(normed.clone()), &golden.floats("hidden.final_norm"), HIDDEN);
+        assert_within_share(name, &values(normed.clone()), &golden.floats("hidden.final_norm"), HIDDEN);
         let logits = model.logits(normed);
         assert_within(name, &values(logits.clone()), &golden.floats("logits"), LOGITS);
 
@@ -116,8 +124,7 @@ fn logits_hidden_states_and_gradients_equal_the_goldens() {
                 return;
             }
             let theirs = golden.floats(&key);
-            let largest = theirs.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-            assert_within(&format!("{name} gradient of {parameter}"), &ours, &theirs, GRADIENTS * largest);
+            assert_within_share(&format!("{name} gradient of {parameter}"), &ours, &theirs, GRADIENTS);
             compared += 1;
         });
         let expected = golden.0.names().filter(|name| name.starts_with("grad.")).count();
@@ -205,7 +212,7 @@ fn one_layer_can_be_loaded_and_run_alone() {
         let before = golden.floats(&format!("hidden.{}", index - 1));
         let before = Tensor::<2>::from_data(TensorData::new(before, [layout.token_count(), 64]), &device);
         let after = layer.forward(before, &layout).hidden;
-        assert_within(name, &values(after), &golden.floats(&format!("hidden.{index}")), HIDDEN);
+        assert_within_share(name, &values(after), &golden.floats(&format!("hidden.{index}")), HIDDEN);
     }
 }
 

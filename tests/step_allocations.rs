@@ -114,12 +114,12 @@ impl TargetSource for OneBatch {
     }
 }
 
-/// What was counted with two threads, 170.7 MB in 15,248 blocks and 29.2 MB in 16,904, and a little more: the gradients of
+/// What was counted with two threads, 164.5 MB in 15,248 blocks and 25.0 MB in 18,039, and a little more: the gradients of
 /// the trained matrices copied once are 1.9 MB, new memory for each piece of the teacher's logits 6.3 MB.
-const STEP_BYTES: u64 = 172_000_000;
+const STEP_BYTES: u64 = 166_000_000;
 const STEP_BLOCKS: u64 = 16_500;
-const BATCH_BYTES: u64 = 31_000_000;
-const BATCH_BLOCKS: u64 = 18_500;
+const BATCH_BYTES: u64 = 26_500_000;
+const BATCH_BLOCKS: u64 = 19_500;
 
 /// Bytes and blocks that each of some calls allocates, after the first ones.
 fn allocated(what: &str, mut call: impl FnMut()) -> (u64, u64) {

@@ -5,6 +5,8 @@
 //! entries are added up relative to its own largest, which takes nothing but the block to know: so whoever computes the
 //! logits can do it while they are in cache.
 
+use std::cell::RefCell;
+
 use crate::vector_math::{exp, power_of_two, split, vectorised};
 
 /// Entries per block.
@@ -14,6 +16,11 @@ pub const LANES: usize = 16;
 /// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is
 /// left.
 const FAINT: f64 = 1e-26;
+
+thread_local! {
+    /// A row's blocks without those that something is left out of; memory kept from one row to the next.
+    static UNTOUCHED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Each block's largest entry, and what its entries add up to relative to that.
 #[derive(Debug, Clone, Default)]
@@ -235,16 +242,18 @@ impl<'a> RowMasses<'a> {
     /// Logarithm of what all ids but these add up to, relative to the largest entry; `-inf` when nothing is left. `ids`
     /// ascend.
     pub(crate) fn log_outside(&self, ids: &[u32]) -> f64 {
-        let mut untouched = self.blocks.clone();
         let mut sum = 0.0;
-        for inside in ids.chunk_by(|a, b| *a as usize / BLOCK == *b as usize / BLOCK) {
-            let block = inside[0] as usize / BLOCK;
-            untouched[block] = 0.0;
-            let mut buffer = [0.0; BLOCK];
-            self.weights(block, inside, &mut buffer);
-            sum += sum_of(&buffer);
-        }
-        sum += sum_of(&untouched);
+        UNTOUCHED.with_borrow_mut(|untouched| {
+            untouched.clone_from(&self.blocks);
+            for inside in ids.chunk_by(|a, b| *a as usize / BLOCK == *b as usize / BLOCK) {
+                let block = inside[0] as usize / BLOCK;
+                untouched[block] = 0.0;
+                let mut buffer = [0.0; BLOCK];
+                self.weights(block, inside, &mut buffer);
+                sum += sum_of(&buffer);
+            }
+            sum += sum_of(untouched);
+        });
         if sum > FAINT {
             return sum.ln();
         }

@@ -1,6 +1,6 @@
 //! The `k` most probable ids of a teacher's row: the plainest of the [selections](crate::selection).
 
-use std::cmp::Ordering;
+use std::{cell::RefCell, cmp::Ordering};
 
 use crate::{
     row_masses::{BLOCK, LANES},
@@ -44,37 +44,53 @@ pub(crate) fn largest_ids(row: &[f32], maxima: &[f32], k: usize) -> Vec<u32> {
     candidates
 }
 
+/// What a thread looks for candidates in, kept from one row to the next.
+#[derive(Default)]
+struct Room {
+    /// Blocks that have some.
+    blocks: Vec<usize>,
+    /// Their entries, one behind the other.
+    values: Vec<f32>,
+}
+
+thread_local! {
+    static ROOM: RefCell<Room> = RefCell::default();
+}
+
 /// Ids of entries that are at least `bound`, in ascending order.
 fn ids_at_least(row: &[f32], maxima: &[f32], bound: f32) -> Vec<u32> {
-    let blocks: Vec<usize> = (0..maxima.len()).filter(|&block| maxima[block] >= bound).collect();
-    // Brought together first: nothing is decided on the way, so that they wait for memory together.
-    let mut values = Vec::with_capacity(blocks.len() * BLOCK);
-    for &block in &blocks {
-        values.extend_from_slice(&row[block * BLOCK..row.len().min((block + 1) * BLOCK)]);
-    }
-    let mut ids = Vec::with_capacity(2 * blocks.len());
-    vectorised(
-        #[inline(always)]
-        || {
-            for (&block, values) in blocks.iter().zip(values.chunks(BLOCK)) {
-                let mut first = (block * BLOCK) as u32;
-                let (whole, rest) = values.as_chunks::<LANES>();
-                for chunk in whole {
-                    let mut reached = 0;
-                    for lane in 0..LANES {
-                        reached |= ((chunk[lane] >= bound) as u32) << lane;
+    ROOM.with_borrow_mut(|Room { blocks, values }| {
+        blocks.clear();
+        blocks.extend((0..maxima.len()).filter(|&block| maxima[block] >= bound));
+        // Brought together first: nothing is decided on the way, so that they wait for memory together.
+        values.clear();
+        for &block in blocks.iter() {
+            values.extend_from_slice(&row[block * BLOCK..row.len().min((block + 1) * BLOCK)]);
+        }
+        let mut ids = Vec::with_capacity(2 * blocks.len());
+        vectorised(
+            #[inline(always)]
+            || {
+                for (&block, values) in blocks.iter().zip(values.chunks(BLOCK)) {
+                    let mut first = (block * BLOCK) as u32;
+                    let (whole, rest) = values.as_chunks::<LANES>();
+                    for chunk in whole {
+                        let mut reached = 0;
+                        for (lane, &value) in chunk.iter().enumerate() {
+                            reached |= ((value >= bound) as u32) << lane;
+                        }
+                        while reached != 0 {
+                            ids.push(first + reached.trailing_zeros());
+                            reached &= reached - 1;
+                        }
+                        first += LANES as u32;
                     }
-                    while reached != 0 {
-                        ids.push(first + reached.trailing_zeros());
-                        reached &= reached - 1;
-                    }
-                    first += LANES as u32;
+                    ids.extend((first..).zip(rest).filter(|&(_, &value)| value >= bound).map(|(id, _)| id));
                 }
-                ids.extend((first..).zip(rest).filter(|&(_, &value)| value >= bound).map(|(id, _)| id));
-            }
-        },
-    );
-    ids
+            },
+        );
+        ids
+    })
 }
 
 #[cfg(test)]
