@@ -117,6 +117,7 @@ trait DeviceBackend: Backend {
 #[derive(Debug, Clone)]
 struct Kept<B: Backend> {
     op: Arc<dyn DeviceOp>,
+    #[cfg_attr(not(feature = "fusion"), allow(dead_code, reason = "only a fused graph asks"))]
     specs: Vec<Spec>,
     inputs: Vec<FloatTensor<B>>,
     saved: Vec<FloatTensor<B>>,
