@@ -7,11 +7,10 @@
 
 use std::cell::RefCell;
 
-use crate::vector_math::{exp, power_of_two, split, vectorised};
+use crate::vector_math::{LANES, exp, power_of_two, split, vectorised};
 
 /// Entries per block.
 pub const BLOCK: usize = 64;
-pub const LANES: usize = 16;
 
 /// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is
 /// left.
@@ -34,7 +33,7 @@ pub(crate) struct BlockSums {
 impl BlockSums {
     pub fn new(row: &[f32], temperature: f32) -> Self {
         let mut sums = BlockSums::default();
-        sums.append(row, temperature);
+        sums.append_each(&[row], temperature);
         sums
     }
 
@@ -55,12 +54,7 @@ impl BlockSums {
         BlockSums { largest: Vec::with_capacity(blocks), masses: Vec::with_capacity(blocks) }
     }
 
-    /// Appends the blocks of some more entries. What was there before must have ended with a whole block.
-    pub fn append(&mut self, entries: &[f32], temperature: f32) {
-        self.append_each(&[entries], temperature);
-    }
-
-    /// [`append`](Self::append) of one row after the other.
+    /// Appends the blocks of one row after the other. What was there before must have ended with a whole block.
     pub fn append_each<R: AsRef<[f32]>>(&mut self, rows: &[R], temperature: f32) {
         let before = self.largest.len();
         let blocks: usize = rows.iter().map(|row| row.as_ref().len().div_ceil(BLOCK)).sum();

@@ -3,9 +3,9 @@
 use std::{cell::RefCell, cmp::Ordering};
 
 use crate::{
-    row_masses::{BLOCK, LANES},
+    row_masses::BLOCK,
     selection::{RowPlace, Rule, SelectedRow, select},
-    vector_math::vectorised,
+    vector_math::{LANES, vectorised},
 };
 
 /// Summarises each row of logits by its `k` largest entries.

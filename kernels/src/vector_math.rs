@@ -4,7 +4,8 @@
 
 use pulp::{Arch, NullaryFnOnce};
 
-const LANES: usize = 16;
+/// Lanes of a reduction, whatever vectors the processor has.
+pub(crate) const LANES: usize = 16;
 
 /// `e^x` to about one unit in the last place for `x <= 88`; 0 below -87, so that `-inf` gives exactly 0.
 #[inline(always)]
@@ -14,7 +15,7 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// What an f32 holds of the base-2 logarithm of e, and what it leaves out.
-pub const LOG2_E: [f32; 2] = split(std::f64::consts::LOG2_E);
+const LOG2_E: [f32; 2] = split(std::f64::consts::LOG2_E);
 
 /// A number as an f32 and the f32 that is missing to it.
 pub const fn split(number: f64) -> [f32; 2] {
