@@ -1,14 +1,16 @@
 //! One matrix product per group of rows: each expert multiplies only the tokens that chose it.
 
+use std::{mem::MaybeUninit, sync::Arc};
+
 use burn::tensor::Tensor;
-use std::sync::Arc;
+use rayon::prelude::*;
 
 #[cfg(feature = "device")]
 use crate::device;
 use crate::{
-    gemm_call::{View, stacked},
     host_op::{self, Forward, HostArray, HostOp},
     packed_matmul::{Instructions, Operand, Product, multiply_then},
+    rows::written_by,
 };
 
 /// Rows `offsets[e]..offsets[e + 1]` of `x` times matrix `e` of `weights`.
@@ -49,9 +51,8 @@ struct GroupedMatmul {
     offsets: Arc<Vec<usize>>,
 }
 
-/// Rows of a weight's gradient that are one task: few enough that a large matrix is many. Fixed, so that no sum depends on
-/// how many threads there are.
-const ROW_BLOCK: usize = 256;
+/// Gradients of so many bytes are written past the caches, which they do not fit into.
+const STREAMED: usize = 32 << 20;
 
 impl GroupedMatmul {
     /// The rows of each group times its matrix, as `operand` reads it.
@@ -65,16 +66,46 @@ impl GroupedMatmul {
         [inputs, outputs]: [usize; 2],
         operand: impl Fn(&'a [f32]) -> Operand<'a>,
     ) -> Vec<f32> {
-        let mut output = vec![0.0; rows.len() / inputs * outputs];
-        let mut rest = &mut output[..];
-        let mut products = vec![];
-        for (bounds, values) in self.offsets.windows(2).zip(weights.chunks_exact(inputs * outputs)) {
-            let (output, after) = rest.split_at_mut((bounds[1] - bounds[0]) * outputs);
-            products.push(Product::new(&rows[bounds[0] * inputs..bounds[1] * inputs], operand(values), output));
-            rest = after;
-        }
-        multiply_then(Instructions::best(), products, |_| ());
-        output
+        let multiply = |mut rest: &mut [MaybeUninit<f32>]| {
+            let mut products = vec![];
+            for (bounds, values) in self.offsets.windows(2).zip(weights.chunks_exact(inputs * outputs)) {
+                let (output, after) = rest.split_at_mut((bounds[1] - bounds[0]) * outputs);
+                let rows = &rows[bounds[0] * inputs..bounds[1] * inputs];
+                products.push(Product::into_unwritten(rows, operand(values), output));
+                rest = after;
+            }
+            assert!(rest.is_empty(), "a group for each row");
+            multiply_then(Instructions::best(), products, |_| ());
+        };
+        // SAFETY: products are written whole, and they are all there is.
+        unsafe { written_by(rows.len() / inputs * outputs, multiply) }
+    }
+
+    /// For each group the transpose of its rows times the gradient of its results, into memory that nothing is written to
+    /// before: with many experts that takes as long as a tenth of a step.
+    ///
+    /// # Shapes
+    /// - `x` `[N, inner]`, `grad` `[N, outer]`; the result `[G, inner, outer]`
+    fn weight_gradient(&self, x: &[f32], grad: &[f32], [inner, outer]: [usize; 2]) -> Vec<f32> {
+        let length = (self.offsets.len() - 1) * inner * outer;
+        let multiply = |places: &mut [MaybeUninit<f32>]| {
+            let (mut products, mut unused) = (vec![], vec![]);
+            for (place, bounds) in places.chunks_exact_mut(inner * outer).zip(self.offsets.windows(2)) {
+                let inputs = bounds[1] - bounds[0];
+                if inputs == 0 {
+                    unused.push(place);
+                    continue;
+                }
+                let values = &grad[bounds[0] * outer..bounds[1] * outer];
+                let operand = Operand::RowMajor { values, inputs, outputs: outer };
+                let x = &x[bounds[0] * inner..bounds[1] * inner];
+                products.push(Product::of_columns(x, operand, place, length * size_of::<f32>() >= STREAMED));
+            }
+            unused.into_par_iter().for_each(|place| place.fill(MaybeUninit::new(0.0)));
+            multiply_then(Instructions::best(), products, |_| ());
+        };
+        // SAFETY: there is a place for each group, and each is filled: with zeros or by a product.
+        unsafe { written_by(length, multiply) }
     }
 }
 
@@ -98,21 +129,7 @@ impl HostOp for GroupedMatmul {
             let operand = |values| Operand::Transposed { values, inputs: outer, outputs: inner };
             self.products(grad, weights.data, [outer, inner], operand)
         });
-        let weight_grad = needed[1].then(|| {
-            let products: Vec<_> = self
-                .offsets
-                .windows(2)
-                .map(|bounds| {
-                    let (first, count) = (bounds[0], bounds[1] - bounds[0]);
-                    (count > 0).then(|| {
-                        let x = View::rows(&x.data[first * inner..], count, inner, inner);
-                        [x.transposed(), View::rows(&grad[first * outer..], count, outer, outer)]
-                    })
-                })
-                .collect();
-            // Blocks of the rows of each matrix, the inputs.
-            stacked(inner, outer, inner.min(ROW_BLOCK), &products)
-        });
+        let weight_grad = needed[1].then(|| self.weight_gradient(x.data, grad, [inner, outer]));
         vec![x_grad, weight_grad]
     }
 }

@@ -13,8 +13,9 @@
 //! [`Emulation`]: super::amx_emulation::Emulation
 
 use super::{
+    place::{Place, Store},
     row_tiles::STEP,
-    tiles::{Line, PANEL, Sums, TileRow},
+    tiles::{Line, Sums, TileRow},
 };
 use crate::vector_math::vectorised;
 
@@ -39,8 +40,8 @@ pub fn sums<'a>(
     tiles: &mut impl Tiles,
     rows: &[TileRow],
     lines: &[Line<u32>],
-    places: &mut impl Iterator<Item = &'a mut [f32; PANEL]>,
-    first: bool,
+    places: &mut impl Iterator<Item = Place<'a>>,
+    store: Store,
 ) {
     let (steps, rest) = lines.split_at(lines.len() / STEP * STEP);
     let sums = match (steps, rest) {
@@ -58,10 +59,7 @@ pub fn sums<'a>(
         #[inline(always)]
         || {
             for (sums, place) in sums.iter().zip(places.take(rows.len())) {
-                match first {
-                    true => *place = *sums,
-                    false => place.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-                }
+                place.store(sums, store);
             }
         },
     );
@@ -72,7 +70,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{
-        super::{amx_emulation::Emulation, row_tiles::RowForm, tiles::NO_SUMS},
+        super::{
+            amx_emulation::Emulation,
+            row_tiles::RowForm,
+            tiles::{NO_SUMS, PANEL},
+        },
         *,
     };
 
@@ -127,8 +129,9 @@ mod tests {
             }
             let mut found = NO_SUMS;
             let mut emulation = Emulation::default();
-            for first in if again { &[true, false][..] } else { &[true] } {
-                sums(&mut emulation, &tile[..row_count], &lines[..pairs], &mut found.iter_mut(), *first);
+            for store in if again { &[Store::Replace, Store::Add][..] } else { &[Store::Replace] } {
+                let mut places = found.iter_mut().map(Place::new);
+                sums(&mut emulation, &tile[..row_count], &lines[..pairs], &mut places, *store);
             }
             for (row, found) in rows.chunks(inputs).zip(&found) {
                 for (column, found) in weights.chunks(inputs).zip(found) {

@@ -272,7 +272,11 @@ fn agree(tiles: &mut Assembly) -> bool {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::{
-        super::{amx, amx_trap::with_trap},
+        super::{
+            amx,
+            amx_trap::with_trap,
+            place::{Place, Store},
+        },
         *,
     };
 
@@ -316,10 +320,12 @@ mod tests {
                         row[length..length.next_multiple_of(STEP)].fill(0.0);
                     }
                     let mut found = [[[1.0f32; PANEL]; TILE_ROWS]; 2];
-                    for first in [true, false] {
+                    for store in [Store::Replace, Store::Add] {
                         let (rows, lines) = (&rows[..count], &lines[..length]);
-                        amx::sums(tiles, rows, lines, &mut found[0].iter_mut(), first);
-                        amx::sums(&mut Emulation::default(), rows, lines, &mut found[1].iter_mut(), first);
+                        let [ours, wanted] = &mut found;
+                        amx::sums(tiles, rows, lines, &mut ours.iter_mut().map(Place::new), store);
+                        let mut places = wanted.iter_mut().map(Place::new);
+                        amx::sums(&mut Emulation::default(), rows, lines, &mut places, store);
                     }
                     let [found, wanted] = found.map(|sums| sums.map(|row| row.map(f32::to_bits)));
                     assert!(found == wanted, "{count} rows, {length} lines");

@@ -7,6 +7,7 @@ use std::arch::x86_64::{
 
 use super::{
     ahead::Ahead,
+    place::Store,
     tiles::{HalfLine, PANEL, Places, Slice, TileRow},
 };
 
@@ -47,7 +48,7 @@ pub fn sums<const R: usize>(
     rows: &[TileRow; R],
     slice: Slice<'_>,
     mut places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     for half in 0..2 {
@@ -88,12 +89,12 @@ pub fn sums<const R: usize>(
         }
         const { assert!(PANEL == 4 * LANES) };
         for (sums, place) in sums.into_iter().zip(&mut places) {
-            let parts = place[half * 2 * LANES..].as_chunks_mut::<LANES>().0;
-            for (sum, part) in sums.into_iter().zip(parts) {
-                // SAFETY: a place of eight numbers is read, if at all, and written.
+            for (number, sum) in sums.into_iter().enumerate() {
+                // SAFETY: a place has four times eight numbers, which are read, if they are to be added to, and written.
                 unsafe {
-                    let sum = if first { sum } else { _mm256_add_ps(_mm256_loadu_ps(part.as_ptr()), sum) };
-                    _mm256_storeu_ps(part.as_mut_ptr(), sum);
+                    let part = place.as_mut_ptr().add((2 * half + number) * LANES);
+                    let sum = if store == Store::Add { _mm256_add_ps(_mm256_loadu_ps(part), sum) } else { sum };
+                    _mm256_storeu_ps(part, sum);
                 }
             }
         }

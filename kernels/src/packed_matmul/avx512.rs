@@ -2,13 +2,17 @@
 //! bfloat16, where there are any.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
-    _mm512_storeu_ps,
+    __m512, __m512bh, __m512d, __m512i, _mm_loadu_ps, _mm512_add_ps, _mm512_and_si512, _mm512_castpd_ps,
+    _mm512_castps_pd, _mm512_castps128_ps512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_broadcast_f32x4, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_stream_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 
 use super::{
     ahead::Ahead,
+    place::Store,
+    squares::{SQUARE, Sides},
     tiles::{Line, PANEL, Places, ROW_STRIDE, Slice, TileRow},
 };
 
@@ -20,6 +24,51 @@ pub const TILE_ROWS: usize = 14;
 pub const WIDENED_TILE_ROWS: usize = 13;
 
 const LANES: usize = 16;
+
+/// Numbers of two registers beside each other: of the first two in each quarter, and of the last two.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn beside(a: __m512, b: __m512) -> [__m512d; 2] {
+    [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b))]
+}
+
+/// Rows that begin `stride` apart become columns: `sides[c][r]` is `values[r * stride + c]`.
+///
+/// Four numbers of four rows go into the quarters of a register by loads alone; turning four times four numbers in each
+/// quarter is left for the one port that shuffles.
+#[target_feature(enable = "avx512f")]
+pub fn turn(values: &[f32], stride: usize, sides: Sides<'_>) {
+    const { assert!(SQUARE == LANES) };
+    assert!(values.len() >= (SQUARE - 1) * stride + SQUARE, "sixteen rows of sixteen numbers");
+    let four = |row: usize, column: usize| {
+        // SAFETY: rows and columns are below sixteen, and so these numbers are where the assertion says that there are some.
+        unsafe { _mm_loadu_ps(values.as_ptr().add(row * stride + column)) }
+    };
+    let mut quarters = [[_mm512_setzero_ps(); 4]; 4];
+    for row in 0..4 {
+        for (column, quarters) in quarters.iter_mut().enumerate() {
+            let four = |quarter: usize| four(4 * quarter + row, 4 * column);
+            let two = _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(four(0)), 0xf0, four(1));
+            let three = _mm512_mask_broadcast_f32x4(two, 0xf00, four(2));
+            quarters[row] = _mm512_mask_broadcast_f32x4(three, 0xf000, four(3));
+        }
+    }
+    let mut sides = sides.into_iter();
+    for [a, b, c, d] in quarters {
+        let [low, high] = beside(a, b);
+        let [low_after, high_after] = beside(c, d);
+        for side_values in [
+            _mm512_unpacklo_pd(low, low_after),
+            _mm512_unpackhi_pd(low, low_after),
+            _mm512_unpacklo_pd(high, high_after),
+            _mm512_unpackhi_pd(high, high_after),
+        ] {
+            let side = sides.next().expect("sixteen sides");
+            // SAFETY: a side has sixteen numbers.
+            unsafe { _mm512_storeu_ps(side.as_mut_ptr(), _mm512_castpd_ps(side_values)) };
+        }
+    }
+}
 
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -39,23 +88,30 @@ fn pair_halves(line: &Line<u32>) -> [__m512i; 2] {
 
 /// Puts sums where they go, or adds them to what is there. A function would be called, with all sums through memory.
 macro_rules! finish {
-    ($sums:expr, $places:expr, $first:expr) => {
+    ($sums:expr, $places:expr, $store:expr) => {
         const { assert!(PANEL == 2 * LANES) };
-        for (row, place) in $places.into_iter().enumerate() {
-            let (low, high) = place.split_at_mut(LANES);
-            put(low.try_into().expect("half a panel"), $sums[row][0], $first);
-            put(high.try_into().expect("half a panel"), $sums[row][1], $first);
+        for (row, mut place) in $places.into_iter().enumerate() {
+            let place = place.as_mut_ptr();
+            for half in 0..2 {
+                // SAFETY: a place has twice sixteen numbers, which may be written, and read if they are to be added to.
+                unsafe { put(place.add(half * LANES), $sums[row][half], $store) };
+            }
         }
     };
 }
 
+/// # Safety
+/// There are sixteen numbers that may be written, and read if they are to be added to.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn put(place: &mut [f32; LANES], sum: __m512, first: bool) {
-    // SAFETY: a place of sixteen numbers is read, if at all, and written.
+unsafe fn put(place: *mut f32, sum: __m512, store: Store) {
+    // SAFETY: as the caller promises; what is streamed to must be aligned.
     unsafe {
-        let sum = if first { sum } else { _mm512_add_ps(_mm512_loadu_ps(place.as_ptr()), sum) };
-        _mm512_storeu_ps(place.as_mut_ptr(), sum);
+        match store {
+            Store::Stream if place.addr().is_multiple_of(size_of::<__m512>()) => _mm512_stream_ps(place, sum),
+            Store::Replace | Store::Stream => _mm512_storeu_ps(place, sum),
+            Store::Add => _mm512_storeu_ps(place, _mm512_add_ps(_mm512_loadu_ps(place), sum)),
+        }
     }
 }
 
@@ -90,13 +146,13 @@ pub fn sums<const R: usize>(
     rows: &[TileRow; R],
     slice: Slice<'_>,
     places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     match slice {
-        Slice::F32(lines) => exact_sums(rows, lines, places, first, ahead),
-        Slice::Bf16 { pairs, odd } => widened_sums(rows, pairs, odd, places, first, ahead),
-        Slice::Rounded(lines) => rounded_sums(rows, lines, places, first, ahead),
+        Slice::F32(lines) => exact_sums(rows, lines, places, store, ahead),
+        Slice::Bf16 { pairs, odd } => widened_sums(rows, pairs, odd, places, store, ahead),
+        Slice::Rounded(lines) => rounded_sums(rows, lines, places, store, ahead),
     }
 }
 
@@ -108,7 +164,7 @@ fn exact_sums<const R: usize>(
     rows: &[TileRow; R],
     lines: &[Line<f32>],
     places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     assert!(lines.len() <= ROW_STRIDE, "a block of a row");
@@ -118,7 +174,27 @@ fn exact_sums<const R: usize>(
         ahead.next();
         step(&mut sums, rows, k, halves(line));
     }
-    finish!(sums, places, first);
+    finish!(sums, places, store);
+}
+
+/// The same with whole panels that are not packed yet, which this does on the way: its stores wait for nothing.
+#[target_feature(enable = "avx512f")]
+pub fn packing_sums<'b, const R: usize>(
+    rows: &[TileRow; R],
+    (source, lines): (impl Iterator<Item = &'b [f32; PANEL]>, &mut [Line<f32>]),
+    places: Places<'_, R>,
+    store: Store,
+    ahead: Ahead<'_>,
+) {
+    assert!(lines.len() <= ROW_STRIDE, "a block of a row");
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let mut ahead = ahead.over(lines.len());
+    for (k, (line, weights)) in lines.iter_mut().zip(source).enumerate() {
+        ahead.next();
+        line.0 = *weights;
+        step(&mut sums, rows, k, halves(line));
+    }
+    finish!(sums, places, store);
 }
 
 #[inline(never)]
@@ -128,7 +204,7 @@ fn widened_sums<const R: usize>(
     pairs: &[Line<u32>],
     odd: Option<&Line<u32>>,
     places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     assert!(2 * pairs.len() < ROW_STRIDE, "a block of a row");
@@ -143,7 +219,7 @@ fn widened_sums<const R: usize>(
     if let Some(line) = odd {
         step(&mut sums, rows, 2 * pairs.len(), firsts(pair_halves(line)));
     }
-    finish!(sums, places, first);
+    finish!(sums, places, store);
 }
 
 #[inline(never)]
@@ -152,7 +228,7 @@ fn rounded_sums<const R: usize>(
     rows: &[TileRow; R],
     lines: &[Line<u32>],
     places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     assert!(2 * lines.len() < ROW_STRIDE, "a block of a row");
@@ -164,7 +240,7 @@ fn rounded_sums<const R: usize>(
         step(&mut sums, rows, 2 * pair + 1, seconds(line));
         step(&mut sums, rows, 2 * pair, firsts(line));
     }
-    finish!(sums, places, first);
+    finish!(sums, places, store);
 }
 
 /// Products of `R` rows of pairs with lines of pairs, by the processor's own instruction for them.
@@ -174,7 +250,7 @@ pub fn pair_sums<const R: usize>(
     rows: &[TileRow; R],
     lines: &[Line<u32>],
     places: Places<'_, R>,
-    first: bool,
+    store: Store,
     ahead: Ahead<'_>,
 ) {
     assert!(lines.len() <= ROW_STRIDE, "a block of a row");
@@ -190,7 +266,7 @@ pub fn pair_sums<const R: usize>(
             sums[1] = _mm512_dpbf16_ps(sums[1], values, weights[1]);
         }
     }
-    finish!(sums, places, first);
+    finish!(sums, places, store);
 }
 
 /// The same bits, as pairs of bfloat16.

@@ -1,19 +1,21 @@
 //! Which vector instructions the sums are computed with.
 
-use std::{fmt, sync::LazyLock};
+use std::{fmt, mem::MaybeUninit, sync::LazyLock};
 
-#[cfg(target_arch = "x86_64")]
 use super::{
-    Line, amx_assembly, avx2, avx512,
-    tiles::{K_BLOCK, NO_TILE},
-};
-use super::{
-    Numbers, RowForm,
+    Line, Numbers, RowForm,
     ahead::Ahead,
     amx::{self, SIDE},
     amx_emulation::Emulation,
+    operand::Source,
+    place::{Place, Store, store_part},
     plain,
-    tiles::{NO_SUMS, PANEL, Slice, TileRow, add_part},
+    tiles::{NO_SUMS, PANEL, Slice, TileRow},
+};
+#[cfg(target_arch = "x86_64")]
+use super::{
+    amx_assembly, avx2, avx512,
+    tiles::{K_BLOCK, NO_TILE},
 };
 
 /// An instruction set that this processor has.
@@ -79,7 +81,13 @@ fn widening_is_faster() -> bool {
             // As many rows for both.
             let rows = &rows[..avx512::WIDENED_TILE_ROWS];
             let began = std::time::Instant::now();
-            Instructions(set).sum_tile(rows, Slice::Rounded(&lines), &mut sums.iter_mut(), true, Ahead::NOTHING);
+            Instructions(set).sum_tile(
+                rows,
+                Slice::Rounded(&lines),
+                &mut sums.iter_mut().map(Place::new),
+                Store::Replace,
+                Ahead::NOTHING,
+            );
             *least = least.min(began.elapsed().as_secs_f64());
         }
     }
@@ -88,18 +96,34 @@ fn widening_is_faster() -> bool {
 
 /// One call for each number of rows that a tile may have.
 macro_rules! for_rows {
-    ($module:ident::$sums:ident, [$($count:literal)*], $rows:expr, $slice:expr, $places:expr, $first:expr, $ahead:expr) => {
+    ($module:ident::$sums:ident, [$($count:literal)*], $rows:expr, $slice:expr, $places:expr, $store:expr, $ahead:expr) => {
         match $rows.len() {
             $($count => $module::$sums::<$count>(
                 $rows.try_into().expect("so many rows"),
                 $slice,
                 std::array::from_fn(|_| $places.next().expect("a place for each row")),
-                $first,
+                $store,
                 $ahead,
             ),)*
             other => unreachable!("a tile of {other} rows"),
         }
     };
+}
+
+/// A whole panel's columns of each row.
+///
+/// # Safety
+/// They are written where anything is added to them.
+#[inline(always)]
+unsafe fn whole_places<'a>(
+    output: &'a mut [&mut [MaybeUninit<f32>]],
+    column: usize,
+) -> impl Iterator<Item = Place<'a>> {
+    output.iter_mut().map(move |row| {
+        let numbers = row[column..].first_chunk_mut().expect("a whole panel");
+        // SAFETY: the caller promises it.
+        unsafe { Place::unwritten(numbers) }
+    })
 }
 
 impl Instructions {
@@ -191,23 +215,58 @@ impl Instructions {
 
     /// Puts the products of rows and a panel's slice into columns `column..` of the output's rows, or adds them to what
     /// is there. Meanwhile what lies ahead is brought into the cache.
-    pub(super) fn add_tile(
+    ///
+    /// # Safety
+    /// These columns are written where products are added to them.
+    pub(super) unsafe fn add_tile(
         self,
         rows: &[TileRow],
         slice: Slice<'_>,
-        output: &mut [&mut [f32]],
+        output: &mut [&mut [MaybeUninit<f32>]],
         column: usize,
-        first: bool,
+        store: Store,
         ahead: Ahead<'_>,
     ) {
         if output[0].len() - column >= PANEL {
-            let mut places = output.iter_mut().map(|row| row[column..].first_chunk_mut().expect("a whole panel"));
-            self.sum_tile(rows, slice, &mut places, first, ahead);
+            // SAFETY: the caller promises it.
+            let mut places = unsafe { whole_places(output, column) };
+            self.sum_tile(rows, slice, &mut places, store, ahead);
         } else {
             let mut sums = NO_SUMS;
-            self.sum_tile(rows, slice, &mut sums.iter_mut(), true, ahead);
-            sums.iter().zip(output).for_each(|(sums, row)| add_part(sums, &mut row[column..], first));
+            self.sum_tile(rows, slice, &mut sums.iter_mut().map(Place::new), Store::Replace, ahead);
+            // SAFETY: the caller promises it.
+            sums.iter().zip(output).for_each(|(sums, row)| unsafe { store_part(sums, &mut row[column..], store) });
         }
+    }
+
+    /// [`add_tile`](Self::add_tile) with weights that are not packed yet, and are afterwards.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn add_tile_packing(
+        self,
+        rows: &[TileRow],
+        (source, lines): (Source<'_>, &mut [Line<f32>]),
+        output: &mut [&mut [MaybeUninit<f32>]],
+        column: usize,
+        store: Store,
+        ahead: Ahead<'_>,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Set::Avx512 | Set::Avx512Bf16 | Set::Amx, Source::Rows(weights)) = (self.0, source)
+            && let Some(weights) = weights.whole()
+        {
+            // SAFETY: the caller promises the first; these sets exist only where the processor has the instructions.
+            unsafe {
+                let places = &mut whole_places(output, column);
+                let panel = (weights, lines);
+                for_rows!(avx512::packing_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, panel, places, store, ahead);
+            }
+            return;
+        }
+        source.pack(lines);
+        // SAFETY: the caller promises it.
+        unsafe { self.add_tile(rows, Slice::F32(lines), output, column, store, ahead) };
     }
 
     /// Puts the products of rows and a panel's slice into a place for each, or adds them to what is there.
@@ -216,20 +275,20 @@ impl Instructions {
         self,
         rows: &[TileRow],
         slice: Slice<'_>,
-        places: &mut impl Iterator<Item = &'a mut [f32; PANEL]>,
-        first: bool,
+        places: &mut impl Iterator<Item = Place<'a>>,
+        store: Store,
         ahead: Ahead<'_>,
     ) {
         match (self.0, slice) {
             (Set::EmulatedAmx, Slice::Rounded(lines)) => {
-                return amx::sums(&mut Emulation::default(), rows, lines, places, first);
+                return amx::sums(&mut Emulation::default(), rows, lines, places, store);
             }
             // SAFETY: a value of this exists only where processor and system were found to allow it.
             #[cfg(target_arch = "x86_64")]
             (Set::Amx, Slice::Rounded(lines)) => unsafe {
                 // Its loop is assembly, with no step to ask in.
                 ahead.at_once();
-                return amx_assembly::with_tiles(|tiles| amx::sums(tiles, rows, lines, places, first));
+                return amx_assembly::with_tiles(|tiles| amx::sums(tiles, rows, lines, places, store));
             },
             _ => {}
         }
@@ -238,20 +297,20 @@ impl Instructions {
         for rows in rows.chunks(rows.len().div_ceil(pieces)) {
             match (self.0, slice) {
                 (Set::Plain | Set::EmulatedAmx, _) => {
-                    for_rows!(plain::sums, [1 2 3 4], rows, slice, places, first, ahead)
+                    for_rows!(plain::sums, [1 2 3 4], rows, slice, places, store, ahead)
                 }
                 // SAFETY: a value of these exists only where the processor was found to have the instructions.
                 #[cfg(target_arch = "x86_64")]
-                (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, first, ahead) },
+                (Set::Avx2, _) => unsafe { for_rows!(avx2::sums, [1 2 3 4 5 6], rows, slice, places, store, ahead) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 (Set::Avx512Bf16, Slice::Rounded(lines)) => unsafe {
-                    for_rows!(avx512::pair_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, lines, places, first, ahead)
+                    for_rows!(avx512::pair_sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, lines, places, store, ahead)
                 },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 (Set::Avx512 | Set::Avx512Bf16 | Set::Amx, _) => unsafe {
-                    for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, first, ahead)
+                    for_rows!(avx512::sums, [1 2 3 4 5 6 7 8 9 10 11 12 13 14], rows, slice, places, store, ahead)
                 },
             }
         }

@@ -25,10 +25,14 @@ mod amx;
 mod amx_emulation;
 mod host;
 mod instructions;
+mod left;
 mod operand;
 mod pack;
+mod place;
 mod rounding;
 mod row_tiles;
+mod squares;
+mod tasks;
 mod tiles;
 
 #[cfg(target_arch = "x86_64")]
@@ -49,7 +53,8 @@ pub use tiles::{K_BLOCK, PANEL};
 pub(crate) use operand::Operand;
 pub(crate) use rounding::nearest;
 pub(crate) use row_tiles::{RowForm, RowTiles, product};
-pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, Product, TileRows, multiply_then};
+pub(crate) use tasks::{Product, multiply_then};
+pub(crate) use tiles::{Line, MAX_TILE_ROWS, NO_SUMS, NO_TILE, Panel, TileRows};
 
 /// What rows are multiplied in. Sums are f32 in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]

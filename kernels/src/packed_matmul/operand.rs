@@ -1,13 +1,13 @@
-//! Weights as a task takes them: packed long ago, or a block at a time on the way.
+//! Weights as a task takes them: packed long ago, or a panel's block at a time on the way.
 
 use std::ops::Range;
 
 use super::{
     Numbers, PackedMatrix,
     ahead::Ahead,
+    squares::pack_columns,
     tiles::{K_BLOCK, Line, PANEL, Slice},
 };
-use crate::vector_math::vectorised;
 
 /// The right operand of a product.
 #[derive(Debug, Clone, Copy)]
@@ -86,43 +86,39 @@ impl<'a> Panels<'a> {
         self.count
     }
 
-    /// One block of k of all of them. What is not packed yet is packed into `room`.
-    pub fn block<'b>(self, block: usize, room: &'b mut Vec<Line<f32>>) -> Block<'b>
-    where
-        'a: 'b,
-    {
+    /// One block of k of one of them.
+    ///
+    /// # Panics
+    /// When they are not packed.
+    #[inline(always)]
+    pub fn packed(self, block: usize, panel: usize) -> Slice<'a> {
+        let Operand::Packed(weights) = self.operand else { unreachable!("packed weights") };
+        weights.panel(self.first + panel).slice(block)
+    }
+
+    /// The same of weights that are not packed.
+    ///
+    /// # Panics
+    /// When they are.
+    pub fn source(self, block: usize, panel: usize) -> Source<'a> {
         match self.operand {
-            Operand::Packed(weights) => Block::Packed { weights, first: self.first, block },
+            Operand::Packed(_) => unreachable!("weights that are not packed"),
             Operand::RowMajor { values, inputs, outputs } => {
-                let k = k_of(block, inputs);
-                let first = self.first * PANEL;
-                let columns = (self.count * PANEL).min(outputs - first);
-                let depth = k.len();
-                let lines = lines(room, self.count * depth);
-                for (k, row) in values[k.start * outputs..k.end * outputs].chunks_exact(outputs).enumerate() {
-                    let (whole, rest) = row[first..first + columns].as_chunks::<PANEL>();
-                    for (panel, part) in whole.iter().enumerate() {
-                        lines[panel * depth + k].0 = *part;
-                    }
-                    if !rest.is_empty() {
-                        let line = &mut lines[whole.len() * depth + k].0;
-                        line[..rest.len()].copy_from_slice(rest);
-                        line[rest.len()..].fill(0.0);
-                    }
-                }
-                Block::Copied { lines, depth }
+                let first = (self.first + panel) * PANEL;
+                let values = &values[k_of(block, inputs).start * outputs + first..];
+                Source::Rows(Strided { values, columns: PANEL.min(outputs - first), stride: outputs })
             }
             Operand::Transposed { values, inputs, .. } => {
                 let k = k_of(block, inputs);
-                let depth = k.len();
-                let lines = lines(room, self.count * depth);
-                let columns = values[self.first * PANEL * inputs..].chunks(PANEL * inputs);
-                for (lines, columns) in lines.chunks_exact_mut(depth).zip(columns) {
-                    pack_columns(columns, inputs, k.clone(), lines);
-                }
-                Block::Copied { lines, depth }
+                let columns = values[(self.first + panel) * PANEL * inputs..].chunks(PANEL * inputs).next();
+                Source::Columns { values: columns.expect("a panel"), inputs, k: (k.start, k.end) }
             }
         }
+    }
+
+    /// How many k a block has.
+    pub fn depth(self, block: usize) -> usize {
+        k_of(block, self.operand.inputs()).len()
     }
 
     /// One of some parts of a block, which is needed next: to be asked for while panel number `panel` is multiplied.
@@ -134,12 +130,9 @@ impl<'a> Panels<'a> {
             Operand::Packed(weights) => weights.panel(self.first + panel).slice(block).part(part, parts),
             Operand::RowMajor { values, inputs, outputs } => {
                 let k = k_of(block, inputs);
-                // All columns of some rows.
-                let (part, parts) = (part * self.count + panel, parts * self.count);
                 let border = |part: usize| k.start + k.len() * part / parts;
-                let first = self.first * PANEL;
-                let columns = (self.count * PANEL).min(outputs - first);
-                Ahead::rows(values, first, columns, outputs, border(part)..border(part + 1))
+                let first = (self.first + panel) * PANEL;
+                Ahead::rows(values, first, PANEL.min(outputs - first), outputs, border(part)..border(part + 1))
             }
             Operand::Transposed { values, inputs, outputs } => {
                 let k = k_of(block, inputs);
@@ -156,84 +149,53 @@ fn k_of(block: usize, inputs: usize) -> Range<usize> {
     block * K_BLOCK..inputs.min((block + 1) * K_BLOCK)
 }
 
-/// So many lines of a room, which grows where it has to.
-fn lines(room: &mut Vec<Line<f32>>, count: usize) -> &mut [Line<f32>] {
-    if room.len() < count {
-        room.resize(count, Line([0.0; PANEL]));
-    }
-    &mut room[..count]
+/// One block of k of one panel's weights that are not packed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source<'a> {
+    Rows(Strided<'a>),
+    /// Up to [`PANEL`] columns of the weights, one behind the other.
+    Columns {
+        values: &'a [f32],
+        inputs: usize,
+        k: (usize, usize),
+    },
 }
 
-/// One side of the squares in which columns that lie one behind the other become lines.
-const SQUARE: usize = 16;
+/// Up to [`PANEL`] numbers of each of some rows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Strided<'a> {
+    /// From the first number on.
+    values: &'a [f32],
+    columns: usize,
+    stride: usize,
+}
 
-/// Brings some numbers of up to a panel's columns beside each other. What a column that is not there leaves is 0.
-///
-/// # Shapes
-/// - `columns` `[up to PANEL, inputs]`, `lines` `[k]`
-fn pack_columns(columns: &[f32], inputs: usize, k: Range<usize>, lines: &mut [Line<f32>]) {
-    let count = columns.len() / inputs;
-    if count < PANEL {
-        lines.fill(Line([0.0; PANEL]));
+impl<'a> Strided<'a> {
+    /// Where all of the panel's columns are there.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn whole(self) -> Option<impl Iterator<Item = &'a [f32; PANEL]>> {
+        let rows = self.values.chunks(self.stride);
+        (self.columns == PANEL).then(|| rows.map(|row| row.first_chunk().expect("a panel's columns")))
     }
-    vectorised(
-        #[inline(always)]
-        || {
-            for first in (0..count).step_by(SQUARE) {
-                let mut done = 0;
-                if first + SQUARE <= count {
-                    for squares in lines.chunks_exact_mut(SQUARE) {
-                        let square = std::array::from_fn(|column| {
-                            let begin = (first + column) * inputs + k.start + done;
-                            columns[begin..begin + SQUARE].try_into().expect("a side of a square")
-                        });
-                        for (line, row) in squares.iter_mut().zip(transposed(square)) {
-                            line.0[first..first + SQUARE].copy_from_slice(&row);
+}
+
+impl Source<'_> {
+    /// Puts the numbers of each k beside each other, and zeros after the last column.
+    pub fn pack(self, lines: &mut [Line<f32>]) {
+        match self {
+            Source::Rows(Strided { values, columns, stride }) => {
+                for (line, row) in lines.iter_mut().zip(values.chunks(stride)) {
+                    match row[..columns].first_chunk() {
+                        Some(whole) => line.0 = *whole,
+                        None => {
+                            line.0[..columns].copy_from_slice(&row[..columns]);
+                            line.0[columns..].fill(0.0);
                         }
-                        done += SQUARE;
                     }
                 }
-                for column in first..count.min(first + SQUARE) {
-                    let rest = columns[column * inputs..][k.start + done..k.end].iter();
-                    rest.zip(&mut lines[done..]).for_each(|(value, line)| line.0[column] = *value);
-                }
             }
-        },
-    );
-}
-
-/// Four times the halves of the rows are shuffled into each other: each time a number's row and column, written in bits one
-/// behind the other, turn by one bit, so that in the end they have changed places.
-#[inline(always)]
-fn transposed(mut square: [[f32; SQUARE]; SQUARE]) -> [[f32; SQUARE]; SQUARE] {
-    const HALF: usize = SQUARE / 2;
-    for _ in 0..SQUARE.ilog2() {
-        let mut next = [[0.0; SQUARE]; SQUARE];
-        for row in 0..HALF {
-            for column in 0..HALF {
-                next[2 * row][2 * column] = square[row][column];
-                next[2 * row][2 * column + 1] = square[row + HALF][column];
-                next[2 * row + 1][2 * column] = square[row][column + HALF];
-                next[2 * row + 1][2 * column + 1] = square[row + HALF][column + HALF];
-            }
-        }
-        square = next;
-    }
-    square
-}
-
-/// One block of k of some panels, packed.
-pub(super) enum Block<'a> {
-    Packed { weights: &'a PackedMatrix, first: usize, block: usize },
-    Copied { lines: &'a [Line<f32>], depth: usize },
-}
-
-impl<'a> Block<'a> {
-    #[inline(always)]
-    pub fn slice(&self, panel: usize) -> Slice<'a> {
-        match self {
-            Block::Packed { weights, first, block } => weights.panel(first + panel).slice(*block),
-            Block::Copied { lines, depth } => Slice::F32(&lines[panel * depth..][..*depth]),
+            Source::Columns { values, inputs, k } => pack_columns(values, inputs, k.0..k.1, lines),
         }
     }
 }
@@ -272,16 +234,15 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_ahead_is_the_whole_block_once() {
+    fn what_lies_ahead_is_a_panels_whole_block_once() {
         let (inputs, outputs) = (300, 333);
         let weights = values(inputs * outputs, 3);
         let panels = Operand::RowMajor { values: &weights, inputs, outputs }.panels(8, 8);
         assert_eq!(panels.count(), 3);
         let tiles = 5;
-        let rows: usize = (0..tiles)
-            .flat_map(|tile| (0..3).map(move |panel| (tile, panel)))
-            .map(|(tile, panel)| panels.ahead(1, panel, tile, tiles).row_count())
-            .sum();
-        assert_eq!(rows, inputs - K_BLOCK);
+        for panel in 0..3 {
+            let rows = (0..tiles).map(|tile| panels.ahead(1, panel, tile, tiles).row_count()).sum::<usize>();
+            assert_eq!(rows, inputs - K_BLOCK);
+        }
     }
 }

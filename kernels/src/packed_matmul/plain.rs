@@ -3,6 +3,7 @@
 
 use super::{
     ahead::Ahead,
+    place::Store,
     tiles::{PANEL, Places, Slice, TileRow},
 };
 
@@ -19,7 +20,7 @@ fn step<const R: usize>(sums: &mut [[f32; PANEL]; R], rows: &[TileRow; R], k: us
 }
 
 /// Products of `R` rows with a panel's slice, each summed in the order of k.
-pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, first: bool, _: Ahead<'_>) {
+pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Places<'_, R>, store: Store, _: Ahead<'_>) {
     let mut sums = [[0.0; PANEL]; R];
     match slice {
         Slice::F32(lines) => {
@@ -43,10 +44,7 @@ pub fn sums<const R: usize>(rows: &[TileRow; R], slice: Slice<'_>, places: Place
             }
         }
     }
-    for (place, sums) in places.into_iter().zip(sums) {
-        match first {
-            true => *place = sums,
-            false => place.iter_mut().zip(sums).for_each(|(place, sum)| *place += sum),
-        }
+    for (place, sums) in places.into_iter().zip(&sums) {
+        place.store(sums, store);
     }
 }

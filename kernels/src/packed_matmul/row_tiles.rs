@@ -3,6 +3,7 @@
 use super::{
     Instructions, K_BLOCK, Numbers,
     ahead::Ahead,
+    place::{Place, Store},
     rounding::{nearest_each, round_pairs},
     tiles::{Panel, Sums, TileRow},
 };
@@ -156,6 +157,8 @@ pub(crate) fn product<'a>(
 ) {
     for (block, rows) in blocks.take(panel.blocks()).enumerate() {
         let ahead = next.map_or(Ahead::NOTHING, |(next, part, parts)| next.slice(block).part(part, parts));
-        instructions.sum_tile(&rows[..count], panel.slice(block), &mut sums.iter_mut(), block == 0, ahead);
+        let store = if block == 0 { Store::Replace } else { Store::Add };
+        let mut places = sums.iter_mut().map(Place::new);
+        instructions.sum_tile(&rows[..count], panel.slice(block), &mut places, store, ahead);
     }
 }
