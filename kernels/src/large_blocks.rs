@@ -47,6 +47,8 @@ struct Blocks {
 struct State {
     /// The first free block of each size; each holds the address of the next one.
     free: [usize; SIZES],
+    /// How many there are of each.
+    counts: [usize; SIZES],
     /// Bytes of blocks in use, of blocks kept, and the most that was ever in use.
     in_use: usize,
     kept: usize,
@@ -61,6 +63,13 @@ fn rounded(size: usize) -> (usize, usize) {
     (count * eighth, power.trailing_zeros() as usize * 8 + count - 9)
 }
 
+/// What a block of this number takes.
+fn taken(number: usize) -> usize {
+    let (power, eighths) = (number / 8, number % 8 + 9);
+    // The first numbers are of no size that a block has.
+    if power < LARGE.trailing_zeros() as usize { 0 } else { (1usize << power) / 16 * eighths }
+}
+
 fn is_large(layout: Layout) -> bool {
     cfg!(target_os = "linux")
         && layout.size() >= LARGE
@@ -70,7 +79,7 @@ fn is_large(layout: Layout) -> bool {
 
 impl Blocks {
     const fn new() -> Self {
-        Blocks { state: Mutex::new(State { free: [0; SIZES], in_use: 0, kept: 0, most: 0 }) }
+        Blocks { state: Mutex::new(State { free: [0; SIZES], counts: [0; SIZES], in_use: 0, kept: 0, most: 0 }) }
     }
 
     fn release(&self) {
@@ -130,6 +139,7 @@ impl State {
         // SAFETY: a freed block of at least `LARGE` bytes, aligned to as much, holds an address.
         unsafe { block.cast::<usize>().write(self.free[number]) };
         self.free[number] = block as usize;
+        self.counts[number] += 1;
     }
 
     fn pop(&mut self, number: usize) -> *mut u8 {
@@ -137,23 +147,26 @@ impl State {
         if !block.is_null() {
             // SAFETY: `give` wrote the next one's address there, and a kept block is nobody's.
             self.free[number] = unsafe { block.cast::<usize>().read() };
+            self.counts[number] -= 1;
         }
         block
     }
 
-    /// Gives blocks back to the system, the largest first, until at most `bytes` are kept.
+    /// Gives blocks back to the system until at most `bytes` are kept, and little more than must be: with two blocks of
+    /// gradients at hand, neither goes for one of a token's ids. What goes has to be cleared when it comes back.
     fn release(&mut self, bytes: usize) {
-        for number in (0..SIZES).rev() {
-            while self.kept > bytes {
-                let block = self.pop(number);
-                if block.is_null() {
-                    break;
-                }
-                let (power, count) = (1usize << (number / 8), number % 8 + 9);
-                let taken = power / 16 * count;
-                pages::unmap(block, taken);
-                self.kept -= taken;
-            }
+        while self.kept > bytes {
+            let excess = self.kept - bytes;
+            let border = (0..SIZES).find(|&number| taken(number) >= excess).unwrap_or(SIZES);
+            let smaller = (0..border).map(|number| self.counts[number] * taken(number)).sum::<usize>();
+            let number = match smaller >= excess {
+                true => (0..border).rev().find(|&number| self.counts[number] > 0),
+                false => (border..SIZES).find(|&number| self.counts[number] > 0),
+            };
+            let number = number.expect("what is kept is counted");
+            let block = self.pop(number);
+            pages::unmap(block, taken(number));
+            self.kept -= taken(number);
         }
     }
 }
@@ -296,7 +309,7 @@ mod tests {
             assert!(bytes >= size && bytes <= size + size / 8 && bytes % 4096 == 0, "{size}: {bytes}");
             assert!((bytes, number) == last || (bytes > last.0 && number == last.1 + 1) || last == (0, 0), "{size}");
             last = (bytes, number);
-            assert_eq!((1usize << (number / 8)) / 16 * (number % 8 + 9), bytes);
+            assert_eq!(taken(number), bytes);
         }
     }
 
@@ -333,6 +346,27 @@ mod tests {
             blocks.dealloc(other, layout(10 << 20));
         }
         blocks.release();
+    }
+
+    #[test]
+    fn a_large_block_does_not_go_for_a_small_one() {
+        let blocks = Blocks::new();
+        let sizes = [64, 4, 4, 4, 32].map(|size: usize| size << 20);
+        // SAFETY: as above.
+        unsafe {
+            let many = sizes.map(|size| (blocks.alloc(layout(size)), size));
+            many.iter().for_each(|&(block, size)| blocks.dealloc(block, layout(size)));
+            // Two of 4 make room for it.
+            let small = blocks.alloc(layout(6 << 20));
+            assert_eq!(kept(&blocks), (64 + 32 + 4) << 20);
+            // Nothing less than 32 does for this one.
+            let middle = blocks.alloc(layout(28 << 20));
+            assert_eq!(kept(&blocks), (64 + 4) << 20);
+            blocks.dealloc(small, layout(6 << 20));
+            blocks.dealloc(middle, layout(28 << 20));
+        }
+        blocks.release();
+        assert_eq!(kept(&blocks), 0);
     }
 
     #[test]
