@@ -215,7 +215,7 @@ pub(super) fn scores(logits: &Tensor<2>, chosen: &[u32], k: usize) -> Tensor<2> 
     let tokens = logits.dims()[0];
     let ids: Vec<i64> = chosen.iter().map(|&expert| expert as i64).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [tokens, k]), &logits.device());
-    sigmoid(logits.clone()).gather(1, ids).reshape([tokens * k, 1])
+    sigmoid(logits.clone().gather(1, ids)).reshape([tokens * k, 1])
 }
 
 /// Each token's places in the order of the numbers of the experts it chose, rather than of their logits.
