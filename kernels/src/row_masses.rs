@@ -262,12 +262,25 @@ impl<'a> RowMasses<'a> {
     /// `excluded` ascend; it ends with the first target beyond the sum.
     pub(crate) fn passing(&self, excluded: &[u32], targets: impl IntoIterator<Item = f64>) -> Vec<u32> {
         let mut targets = targets.into_iter().peekable();
-        let (mut found, mut before) = (vec![], 0.0);
-        self.for_each_block(excluded, |block, mass, excluded| {
+        let (mut found, mut before, mut left) = (vec![], 0.0, excluded);
+        for (block, &mass) in self.blocks.iter().enumerate() {
+            let behind = ((block + 1) * BLOCK) as u64;
+            let (inside, after) = left.split_at(left.iter().take_while(|&&id| (id as u64) < behind).count());
+            left = after;
+            let mut buffer = [0.0; BLOCK];
+            let mass = if inside.is_empty() {
+                mass as f64
+            } else {
+                self.weights(block, inside, &mut buffer);
+                sum_of(&buffer)
+            };
             let end = before + mass;
             if targets.peek().is_some_and(|target| *target < end) {
-                let (mut buffer, mut reached, mut last) = ([0.0; BLOCK], before, None);
-                for (place, &weight) in self.weights(block, excluded, &mut buffer).iter().enumerate() {
+                if inside.is_empty() {
+                    self.weights(block, inside, &mut buffer);
+                }
+                let (mut reached, mut last) = (before, None);
+                for (place, &weight) in buffer.iter().enumerate() {
                     if weight > 0.0 {
                         let id = (block * BLOCK + place) as u32;
                         (reached, last) = (reached + weight as f64, Some(id));
@@ -282,30 +295,12 @@ impl<'a> RowMasses<'a> {
                 }
             }
             before = end;
-        });
+        }
         found
     }
 
-    /// Calls with each block's number, its mass without the ids given, and those of these that lie in it.
-    fn for_each_block(&self, ids: &[u32], mut visit: impl FnMut(usize, f64, &[u32])) {
-        let mut left = ids;
-        for (block, &mass) in self.blocks.iter().enumerate() {
-            let end = ((block + 1) * BLOCK) as u64;
-            let count = left.iter().take_while(|&&id| (id as u64) < end).count();
-            let (inside, after) = left.split_at(count);
-            left = after;
-            if inside.is_empty() {
-                visit(block, mass as f64, inside);
-            } else {
-                let mut buffer = [0.0; BLOCK];
-                self.weights(block, inside, &mut buffer);
-                visit(block, sum_of(&buffer), inside);
-            }
-        }
-    }
-
     /// The weights of a block's entries, 0 for those excluded. What lies in `buffer` behind the last of them stays.
-    fn weights<'b>(&self, block: usize, excluded: &[u32], buffer: &'b mut [f32; BLOCK]) -> &'b [f32] {
+    fn weights(&self, block: usize, excluded: &[u32], buffer: &mut [f32; BLOCK]) {
         let values = self.block(block);
         let (largest, inverse) = (self.largest, 1.0 / self.temperature);
         vectorised(
@@ -319,7 +314,6 @@ impl<'a> RowMasses<'a> {
         for &id in excluded {
             buffer[id as usize - block * BLOCK] = 0.0;
         }
-        &buffer[..values.len()]
     }
 
     fn block(&self, block: usize) -> &'a [f32] {
