@@ -1,9 +1,13 @@
-"""Means over seeds of what `limbeck compare --csv` wrote, with 95% intervals (Student's t), as a table in Markdown.
+"""Means over seeds of what `limbeck compare --csv` wrote, with 95% intervals (Student's t), as tables in Markdown.
 
-    python3 benches/proof/summary.py proof.csv
+    python3 benches/proof/summary.py proof.csv [cosine-top_k]
 
 Runs are grouped by their names without the seed. The last column is the mean difference to the control of the same seed: the
 intervals of two rows may overlap though each seed says the same.
+
+With two seeds such an interval says little. The second table compares students with one of them, over the seeds that all have:
+what a seed does to all of them is taken off first, and what is left scatters alike for all, so that the interval of a difference
+rests on (students - 1) (seeds - 1) degrees of freedom.
 """
 
 import csv
@@ -13,7 +17,11 @@ import sys
 from collections import defaultdict
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
-T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+def quantile(freedom):
+    return T[min(freedom, len(T)) - 1]
 
 
 def interval(values):
@@ -22,8 +30,7 @@ def interval(values):
     if len(values) < 2:
         return mean, None
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    quantile = T[min(len(values) - 2, len(T) - 1)]
-    return mean, quantile * spread / math.sqrt(len(values))
+    return mean, quantile(len(values) - 1) * spread / math.sqrt(len(values))
 
 
 def shown(values, sign=""):
@@ -31,6 +38,26 @@ def shown(values, sign=""):
         return "–"
     mean, half = interval(values)
     return f"{mean:{sign}.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def compare_with(reference, students):
+    """Prints differences of cross-entropy to one student, seeds taken off."""
+    seeds = sorted(set.intersection(*map(set, students.values())))
+    if reference not in students or len(students) < 2 or len(seeds) < 2:
+        return
+    rows = {name: [float(by_seed[seed]["cross_entropy"]) for seed in seeds] for name, by_seed in students.items()}
+    means = {name: sum(row) / len(row) for name, row in rows.items()}
+    mean = sum(means.values()) / len(means)
+    of_seeds = [sum(row[place] for row in rows.values()) / len(rows) - mean for place in range(len(seeds))]
+    left = [value - means[name] - of_seeds[place] for name, row in rows.items() for place, value in enumerate(row)]
+    freedom = (len(rows) - 1) * (len(seeds) - 1)
+    half = quantile(freedom) * math.sqrt(sum(value**2 for value in left) / freedom * 2 / len(seeds))
+    print(f"\n| student | difference to {reference}, ± {half:.4f} | of each seed: {', '.join(seeds)} |")
+    print("|---|---|---|")
+    for name in sorted(means, key=means.get):
+        if name != reference:
+            each = ", ".join(f"{ours - theirs:+.4f}" for ours, theirs in zip(rows[name], rows[reference]))
+            print(f"| {name} | {means[name] - means[reference]:+.4f} | {each} |")
 
 
 def main():
@@ -59,6 +86,8 @@ def main():
             f"| {name} | {arm} | {len(by_seed)} | {shown(column('cross_entropy'))} | {shown(column('kl_to_teacher'))} "
             f"| {shown(column('top1_agreement'))} | {shown(difference, '+')} |"
         )
+    students = {name: by_seed for (name, arm), by_seed in cells.items() if arm == "student"}
+    compare_with(sys.argv[2] if len(sys.argv) > 2 else "cosine-top_k", students)
 
 
 main()

@@ -19,7 +19,7 @@ pub struct Shape {
 }
 
 /// Numbers from -1 to 1 that are the same in every run.
-fn numbers(count: usize, seed: u32) -> Vec<f32> {
+pub fn numbers(count: usize, seed: u32) -> Vec<f32> {
     (0..count as u32)
         .map(|n| (n.wrapping_add(seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0)
         .collect()

@@ -1,12 +1,13 @@
 //! Tokens per second of the two things that take the time: a teacher's forward pass with its top-k, and a student's
-//! training step; and of two operations whose cost has a promise of its own, attention and a layer of experts. Prints one
-//! line of JSON; `benches/peers/` does the same in PyTorch.
+//! training step; and what single operations take: attention, a layer of experts, and each of the others. Prints one line of
+//! JSON; `benches/peers/` does the same in PyTorch.
 //!
 //! ```sh
 //! cargo bench --bench throughput -- teacher CHECKPOINT TOKENS.safetensors [batch] [sequence] [top_k] [f32|bf16]
 //! cargo bench --bench throughput -- student CONFIG.json [batch] [sequence] [top_k] [steps]
 //! cargo bench --bench throughput -- attention [tokens] [query_heads] [key_heads] [head_dim] [chunk, 0 for none]
 //! cargo bench --bench throughput -- experts [tokens] [experts] [hidden] [width] [forward|training|packed]
+//! cargo bench --bench throughput -- operation [rms_norm|rotary|swiglu|dispatch|embedding|adamw] [rows]
 //! ```
 //! Without arguments it measures a small model, to show that it works. With `--turns` it waits for a line of its input
 //! before each run and answers with the seconds it took, by the clock and of the processor: so that another program can
@@ -15,6 +16,7 @@
 
 mod attention;
 mod experts;
+mod operations;
 mod student;
 mod teacher;
 
@@ -80,6 +82,9 @@ fn main() -> Result<()> {
                 Some(other) => panic!("forward, training or packed, not {other}"),
             };
             experts::experts(number(1, 1024), number(2, 16), number(3, 512), number(4, 1024), way, turns)
+        }
+        Some("operation") => {
+            operations::operation(arguments.get(1).map_or("rms_norm", String::as_str), number(2, 2048), turns)
         }
         _ => {
             let config = shapes::tiny().decoder(Path::new("tiny"))?;
