@@ -9,16 +9,14 @@ sequence; `chunks` is Llama 4's grid of 1,024 tokens, for which PyTorch is given
 length, and when others are so busy on the machine that this cannot be told. `--quick` takes under a minute on two cores, once
 the bench is built.
 """
-import argparse
 import json
-import os
 import subprocess
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from turns import Limbeck, Others, bench_binary, report, rounds, timed
+from turns import Limbeck, Others, arguments_of, bench_binary, report, rounds, timed
 
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 8, 2, 64
 GIB = 1 << 30
@@ -54,15 +52,10 @@ def beyond_operands(binary, tokens, chunk=0):
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="three rounds, lengths 512 and 2048, a long one of 8192")
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments = arguments_of(__doc__, 5, "three rounds, lengths 512 and 2048, a long one of 8192")
     arguments.add_argument("--lengths", default="512,2048,8192")
     arguments.add_argument("--long", type=int, default=32768)
-    arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--target", type=float, default=1.0)
-    arguments.add_argument("--binary", help="a built `throughput` bench")
-    arguments.add_argument("--results", help="a file that the line is appended to")
     a = arguments.parse_args()
     if a.quick:
         a.rounds, a.lengths, a.long = 3, "512,2048", 8192

@@ -6,24 +6,17 @@ Top-1 with a shared expert, as in Llama 4. Every expert has 64 tokens on average
 one. Ends with 1 when 128 experts take more than --most times as long as 16, forward with tensors, forward with packed weights
 (as a teacher has them) or forward and backward, and when others are so busy on the machine that this cannot be told.
 """
-import argparse
-import os
 import sys
 
-from turns import Limbeck, Others, bench_binary, report, rounds
+from turns import Limbeck, Others, arguments_of, bench_binary, report, rounds
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="three rounds")
-    arguments.add_argument("--rounds", type=int, default=7)
+    arguments = arguments_of(__doc__, 7)
     arguments.add_argument("--tokens", type=int, default=8192)
     arguments.add_argument("--hidden", type=int, default=512)
     arguments.add_argument("--width", type=int, default=1024)
-    arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--most", type=float, default=1.15)
-    arguments.add_argument("--binary", help="a built `throughput` bench")
-    arguments.add_argument("--results", help="a file that the line is appended to")
     a = arguments.parse_args()
     if a.quick:
         a.rounds = 3

@@ -7,14 +7,12 @@ another order, as on their way to experts; `embedding` picks rows by id, and its
 28 million weights, fused in PyTorch. Attention, experts, products and the loss have scripts of their own. Ends with 1 when
 limbeck is not --target times as fast by the clock, and when others are so busy on the machine that this cannot be told.
 """
-import argparse
-import os
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from turns import Limbeck, Others, bench_binary, report, rounds, timed
+from turns import Limbeck, Others, arguments_of, bench_binary, report, rounds, timed
 
 WIDTH, INNER, HEAD_DIM, VOCABULARY = 576, 1536, 64, 49_152
 # What one turn does, so that it is long enough to time.
@@ -77,15 +75,10 @@ class Peer:
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="three rounds")
-    arguments.add_argument("--rounds", type=int, default=7)
+    arguments = arguments_of(__doc__, 7)
     arguments.add_argument("--rows", type=int, default=2048)
     arguments.add_argument("--only", default=",".join(PASSES))
-    arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--target", type=float, default=1.0)
-    arguments.add_argument("--binary", help="a built `throughput` bench")
-    arguments.add_argument("--results", help="a file that the line is appended to")
     a = arguments.parse_args()
     if a.quick:
         a.rounds = 3

@@ -8,7 +8,6 @@ and AdamW, all in f32. PyTorch runs `transformers` as it ships, with eager atten
 many active parameters. Ends with 1 when limbeck is not --target times as fast by the clock, and when others are so busy on
 the machine that this cannot be told. `--quick` takes under a minute on two cores, once the bench is built.
 """
-import argparse
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ import transformers
 from transformers import AutoConfig
 
 from train_step import build, dispatch_sparsely, distillation_loss, make_targets
-from turns import Limbeck, Others, bench_binary, report, rounds, timed
+from turns import Limbeck, Others, arguments_of, bench_binary, report, rounds, timed
 
 VOCAB = 49152
 DENSE = dict(
@@ -58,17 +57,12 @@ class Peer:
 
 
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true", help="three rounds")
-    arguments.add_argument("--rounds", type=int, default=7)
+    arguments = arguments_of(__doc__, 7)
     arguments.add_argument("--shapes", default="dense,scout")
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--sequence", type=int, default=256)
     arguments.add_argument("--top-k", type=int, default=64)
-    arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--target", type=float, default=1.5)
-    arguments.add_argument("--binary", help="a built `throughput` bench")
-    arguments.add_argument("--results", help="a file that the line is appended to")
     a = arguments.parse_args()
     if a.quick:
         a.rounds = 3

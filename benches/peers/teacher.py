@@ -8,7 +8,6 @@ a time. Then the head alone: hidden states to targets, beside the product with i
 limbeck is not --target times as fast by the clock, when its head takes more than --most of the product's time, and when others
 are so busy on the machine that this cannot be told. `--quick` takes under a minute on two cores, once the bench is built.
 """
-import argparse
 import os
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from turns import Limbeck, Others, bench_binary, report, rounds, timed
+from turns import Limbeck, Others, arguments_of, bench_binary, report, rounds, timed
 
 
 def targets(model, ids, top_k):
@@ -36,19 +35,14 @@ def targets(model, ids, top_k):
 
 @torch.inference_mode()
 def main():
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = arguments_of(__doc__, 5, "three rounds of two sequences, and no parts")
     arguments.add_argument("checkpoint")
-    arguments.add_argument("--quick", action="store_true", help="three rounds of two sequences, and no parts")
-    arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--dtypes", default="f32,bf16")
     arguments.add_argument("--batch", type=int, default=4)
     arguments.add_argument("--sequence", type=int, default=512)
     arguments.add_argument("--top-k", type=int, default=64)
-    arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--target", type=float, default=1.2)
     arguments.add_argument("--most", type=float, default=1.05, help="of the logits' time that the head may take")
-    arguments.add_argument("--binary", help="a built `throughput` bench")
-    arguments.add_argument("--results", help="a file that the line is appended to")
     a = arguments.parse_args()
     if a.quick:
         a.rounds, a.batch = 3, 2

@@ -6,6 +6,7 @@ result the median of the rounds. Times by the clock and of the processor (user a
 targets are about the clock, which is what a user sees. It says nothing while others compute on the machine, so what they
 took is measured too, and where that is more than a tenth of the processors no target counts as met.
 """
+import argparse
 import json
 import os
 import re
@@ -14,6 +15,17 @@ import statistics
 import subprocess
 import sys
 import time
+
+
+def arguments_of(description, rounds, quick="three rounds"):
+    """What every such script is told; it adds its own."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help=quick)
+    arguments.add_argument("--rounds", type=int, default=rounds)
+    arguments.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments.add_argument("--binary", help="a built `throughput` bench")
+    arguments.add_argument("--results", help="a file that the line is appended to")
+    return arguments
 
 
 def bench_binary(name="throughput"):

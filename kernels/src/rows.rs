@@ -36,6 +36,13 @@ pub unsafe fn written_by(length: usize, fill: impl FnOnce(&mut [MaybeUninit<f32>
 pub fn put<'a>(places: &'a mut [MaybeUninit<f32>], numbers: &[f32]) -> &'a mut [f32] {
     assert_eq!(places.len(), numbers.len(), "a number for each place");
     places.iter_mut().zip(numbers).for_each(|(place, number)| _ = place.write(*number));
-    // SAFETY: the same layout, and all of it was just written.
+    // SAFETY: all of it was just written.
+    unsafe { written(places) }
+}
+
+/// # Safety
+/// All of it was written.
+pub unsafe fn written(places: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    // SAFETY: the same layout, and the caller's promise.
     unsafe { &mut *(places as *mut [MaybeUninit<f32>] as *mut [f32]) }
 }

@@ -15,6 +15,7 @@ use super::{
     place::{Store, fence, may_be_unwritten},
     tiles::{K_BLOCK, Line, PANEL, Slice, TileRow},
 };
+use crate::rows::written;
 
 /// Rows of a task: few enough for a share of the second-level cache, enough to pay for bringing panels there.
 const TASK_ROWS: usize = 112;
@@ -118,13 +119,6 @@ pub(crate) fn multiply_then<R: Send>(
         then(Piece { first_row: task.first_row, rows: &rows })
     };
     if amount < SMALL { tasks.into_iter().map(work).collect() } else { tasks.into_par_iter().map(work).collect() }
-}
-
-/// # Safety
-/// All of it was written.
-unsafe fn written(row: &mut [MaybeUninit<f32>]) -> &mut [f32] {
-    // SAFETY: the same layout, and the caller's promise.
-    unsafe { &mut *(row as *mut [MaybeUninit<f32>] as *mut [f32]) }
 }
 
 fn cut<'a>(instructions: Instructions, product: Product<'a>, tasks: &mut Vec<Task<'a>>) {
