@@ -5,7 +5,7 @@
 
 use burn::tensor::{Bool, Tensor, TensorData, activation::softmax};
 use rayon::prelude::*;
-use std::sync::Arc;
+use std::{mem::MaybeUninit, sync::Arc};
 
 #[cfg(feature = "device")]
 use crate::device;
@@ -13,6 +13,7 @@ use crate::{
     gemm_call::{View, multiply},
     host_op::{self, Forward, HostArray, HostOp},
     profile,
+    rows::{put, row_chunk, written_by},
     vector_math::{exp_in_place, max},
 };
 
@@ -167,7 +168,7 @@ impl HostOp for Attention {
         let (tokens, length) = (query.shape[0], self.ranges.sequence_len);
         let (sequences, group) = (tokens / length, query_heads / key_heads);
         let tasks: Vec<(usize, usize)> = (0..sequences).flat_map(|s| (0..query_heads).map(move |h| (s, h))).collect();
-        let results: Vec<(Vec<f32>, Vec<f32>)> = tasks
+        let (outputs, log_sums): (Vec<_>, Vec<_>) = tasks
             .par_iter()
             .map(|&(sequence, head)| {
                 let _span = profile::piece("attention");
@@ -196,14 +197,10 @@ impl HostOp for Attention {
                 }
                 (output, log_sums)
             })
-            .collect();
-        let mut data = vec![0.0; query.data.len()];
+            .unzip();
+        let data = side_by_side(&outputs, query_heads, length, head_dim);
         let mut saved = vec![0.0; query_heads * tokens];
-        let width = query.width();
-        for ((sequence, head), (output, log_sums)) in tasks.into_iter().zip(results) {
-            for (row, output) in output.chunks(head_dim).enumerate() {
-                data[(sequence * length + row) * width + head * head_dim..][..head_dim].copy_from_slice(output);
-            }
+        for ((sequence, head), log_sums) in tasks.into_iter().zip(log_sums) {
             saved[head * tokens + sequence * length..][..length].copy_from_slice(&log_sums);
         }
         Forward { shape: query.shape.to_vec(), data, saved }
@@ -223,7 +220,7 @@ impl HostOp for Attention {
         let (sequences, group) = (tokens / length, query_heads / key_heads);
         let tasks: Vec<(usize, usize)> = (0..sequences).flat_map(|s| (0..key_heads).map(move |h| (s, h))).collect();
         let group_width = group * head_dim;
-        let results: Vec<[Vec<f32>; 3]> = tasks
+        let (query_grads, (key_grads, value_grads)): (Vec<_>, (Vec<_>, Vec<_>)) = tasks
             .par_iter()
             .map(|&(sequence, key_head)| {
                 let _span = profile::piece("attention backward");
@@ -265,18 +262,27 @@ impl HostOp for Attention {
                         multiply(key_rows, head_dim, true, self.scale(), scores_grad.transposed(), query, false);
                     }
                 }
-                [query_grad, key_grad, value_grad]
+                (query_grad, (key_grad, value_grad))
             })
-            .collect();
-        let mut grads = [query, key, value].map(|input| vec![0.0; input.data.len()]);
-        for ((sequence, key_head), parts) in tasks.into_iter().zip(results) {
-            for ((grad, part), width) in grads.iter_mut().zip(parts).zip([group_width, head_dim, head_dim]) {
-                for (row, part) in part.chunks(width).enumerate() {
-                    let at = (sequence * length + row) * width * key_heads + key_head * width;
-                    grad[at..][..width].copy_from_slice(part);
-                }
-            }
-        }
-        grads.into_iter().zip(needed).map(|(grad, &needed)| needed.then_some(grad)).collect()
+            .unzip();
+        let parts = [(query_grads, group_width), (key_grads, head_dim), (value_grads, head_dim)];
+        let together = |(parts, width): (Vec<_>, usize)| side_by_side(&parts, key_heads, length, width);
+        parts.into_iter().zip(needed).map(|(parts, &needed)| needed.then(|| together(parts))).collect()
     }
+}
+
+/// `[N, heads * width]` from what each head made of each sequence, `[L, width]`; sequence after sequence, and head after
+/// head in each.
+fn side_by_side(parts: &[Vec<f32>], heads: usize, length: usize, width: usize) -> Vec<f32> {
+    let fill = |places: &mut [MaybeUninit<f32>]| {
+        let row_width = heads * width;
+        places.par_chunks_mut(row_width).with_min_len(row_chunk(row_width)).enumerate().for_each(|(token, places)| {
+            let (sequence, row) = (token / length, token % length);
+            for (head, places) in places.chunks_exact_mut(width).enumerate() {
+                put(places, &parts[sequence * heads + head][row * width..][..width]);
+            }
+        });
+    };
+    // SAFETY: each token's row is filled head by head.
+    unsafe { written_by(parts.len() * length * width, fill) }
 }

@@ -198,7 +198,9 @@ impl Instructions {
             #[cfg(target_arch = "x86_64")]
             (Set::Amx, Slice::Rounded(_)) => amx::TILE_ROWS,
             #[cfg(target_arch = "x86_64")]
-            (Set::Avx2, _) => avx2::TILE_ROWS,
+            (Set::Avx2, Slice::F32(_)) => avx2::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            (Set::Avx2, _) => avx2::WIDENED_TILE_ROWS,
             #[cfg(target_arch = "x86_64")]
             (Set::Avx512Bf16, Slice::Rounded(_)) => avx512::TILE_ROWS,
             #[cfg(target_arch = "x86_64")]

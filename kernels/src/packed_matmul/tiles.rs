@@ -73,8 +73,6 @@ impl Line<u32> {
     pub const ZEROS: Self = Line([0; PANEL]);
 }
 
-pub type HalfLine<T> = [T; PANEL / 2];
-
 impl<T> Line<T> {
     #[inline(always)]
     pub fn halves<const HALF: usize>(&self) -> [&[T; HALF]; 2] {
