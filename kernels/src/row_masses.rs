@@ -12,6 +12,9 @@ use crate::vector_math::{LANES, exp, power_of_two, split, vectorised};
 /// Entries per block.
 pub const BLOCK: usize = 64;
 
+/// Blocks whose lanes are joined at a time.
+const JOINED: usize = 8;
+
 /// Below this an f32 exponential may have been rounded to nothing, so that the sum has to be made relative to what is
 /// left.
 const FAINT: f64 = 1e-26;
@@ -65,13 +68,18 @@ impl BlockSums {
         vectorised(
             #[inline(always)]
             || {
-                let mut places = maxima.iter_mut().zip(masses.iter_mut());
+                each_largest(rows, maxima);
+                let (mut masses, mut maxima) = (Joins::new(masses, |a, b| a + b), maxima.iter());
                 for row in rows {
-                    for (block, (largest, mass)) in row.as_ref().chunks(BLOCK).zip(places.by_ref()) {
-                        *largest = block_largest(block);
-                        *mass = block_mass(block, *largest, scale);
+                    let (blocks, rest) = row.as_ref().as_chunks();
+                    for (block, &largest) in blocks.iter().zip(maxima.by_ref()) {
+                        masses.push(block_mass(block, largest, scale));
+                    }
+                    if !rest.is_empty() {
+                        masses.put(rest_mass(rest, *maxima.next().expect("the rest is a block"), scale));
                     }
                 }
+                masses.join();
             },
         );
     }
@@ -82,9 +90,22 @@ pub(crate) fn block_maxima(row: &[f32]) -> Vec<f32> {
     let mut maxima = vec![f32::NEG_INFINITY; row.len().div_ceil(BLOCK)];
     vectorised(
         #[inline(always)]
-        || row.chunks(BLOCK).zip(&mut maxima).for_each(|(block, largest)| *largest = block_largest(block)),
+        || each_largest(&[row], &mut maxima),
     );
     maxima
+}
+
+#[inline(always)]
+fn each_largest<R: AsRef<[f32]>>(rows: &[R], maxima: &mut [f32]) {
+    let mut maxima = Joins::new(maxima, larger);
+    for row in rows {
+        let (blocks, rest) = row.as_ref().as_chunks();
+        blocks.iter().for_each(|block| maxima.push(block_largest(block)));
+        if !rest.is_empty() {
+            maxima.put(rest.iter().copied().fold(f32::NEG_INFINITY, larger));
+        }
+    }
+    maxima.join();
 }
 
 #[inline(always)]
@@ -93,42 +114,111 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 #[inline(always)]
-fn block_largest(block: &[f32]) -> f32 {
-    let Ok(block) = <&[f32; BLOCK]>::try_from(block) else {
-        return block.iter().copied().fold(f32::NEG_INFINITY, larger);
-    };
+fn block_largest(block: &[f32; BLOCK]) -> [f32; LANES] {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for chunk in block.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
             lanes[lane] = larger(lanes[lane], chunk[lane]);
         }
     }
-    join(lanes, larger)
+    lanes
 }
 
-/// `scale` is the base-2 logarithm of e over the temperature, [split].
+/// What an entry weighs beside the largest. `scale` is the base-2 logarithm of e over the temperature, [split].
 #[inline(always)]
-fn block_mass(block: &[f32], largest: f32, scale: [f32; 2]) -> f32 {
-    if largest == f32::NEG_INFINITY {
-        // Nothing, or not a number: `-inf` less itself is not a number.
-        return block.iter().map(|&value| if value.is_nan() { value } else { 0.0 }).sum();
-    }
+fn weight(value: f32, largest: f32, scale: [f32; 2]) -> f32 {
     // What is smaller than the smallest is lost beside the largest, which is 1.
     let smallest = -126.0 / scale[0];
-    let weight = |value: f32| {
-        let x = value - largest;
-        power_of_two(if x < smallest { smallest } else { x }, scale)
-    };
-    let Ok(block) = <&[f32; BLOCK]>::try_from(block) else {
-        return block.iter().map(|&value| weight(value)).sum();
-    };
+    let x = value - largest;
+    power_of_two(if x < smallest { smallest } else { x }, scale)
+}
+
+#[inline(always)]
+fn block_mass(block: &[f32; BLOCK], largest: f32, scale: [f32; 2]) -> [f32; LANES] {
     let mut lanes = [0.0f32; LANES];
+    if largest == f32::NEG_INFINITY {
+        lanes[0] = nothing(block);
+        return lanes;
+    }
     for chunk in block.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            lanes[lane] += weight(chunk[lane]);
+            lanes[lane] += weight(chunk[lane], largest, scale);
         }
     }
-    join(lanes, |a, b| a + b)
+    lanes
+}
+
+/// The same of what is less than a block.
+#[inline(always)]
+fn rest_mass(rest: &[f32], largest: f32, scale: [f32; 2]) -> f32 {
+    if largest == f32::NEG_INFINITY {
+        return nothing(rest);
+    }
+    rest.iter().map(|&value| weight(value, largest, scale)).sum()
+}
+
+/// What entries without a largest add up to: nothing, or not a number, as `-inf` less itself is none.
+fn nothing(block: &[f32]) -> f32 {
+    block.iter().map(|&value| if value.is_nan() { value } else { 0.0 }).sum()
+}
+
+/// Lanes of blocks that become a number each, some blocks at a time: one alone would wait for each of its steps.
+struct Joins<'a, W> {
+    waiting: [[f32; LANES]; JOINED],
+    count: usize,
+    places: &'a mut [f32],
+    with: W,
+}
+
+impl<'a, W: Fn(f32, f32) -> f32> Joins<'a, W> {
+    fn new(places: &'a mut [f32], with: W) -> Self {
+        Joins { waiting: [[0.0; LANES]; JOINED], count: 0, places, with }
+    }
+
+    #[inline(always)]
+    fn push(&mut self, lanes: [f32; LANES]) {
+        self.waiting[self.count] = lanes;
+        self.count += 1;
+        if self.count == JOINED {
+            self.join();
+        }
+    }
+
+    /// A number as it is.
+    #[inline(always)]
+    fn put(&mut self, number: f32) {
+        self.join();
+        let (place, places) = std::mem::take(&mut self.places).split_first_mut().expect("a place for each block");
+        *place = number;
+        self.places = places;
+    }
+
+    /// Those that wait, in the order of [`join`].
+    #[inline(always)]
+    fn join(&mut self) {
+        const HALF: usize = LANES / 2;
+        let mut halves = [[0.0f32; HALF]; JOINED];
+        for (half, lanes) in halves.iter_mut().zip(&self.waiting) {
+            for lane in 0..HALF {
+                half[lane] = (self.with)(lanes[lane], lanes[lane + HALF]);
+            }
+        }
+        let mut turned: [[f32; JOINED]; HALF] = std::array::from_fn(|lane| halves.map(|half| half[lane]));
+        let mut width = HALF / 2;
+        while width > 0 {
+            for lane in 0..width {
+                let high = turned[lane + width];
+                let low = &mut turned[lane];
+                for block in 0..JOINED {
+                    low[block] = (self.with)(low[block], high[block]);
+                }
+            }
+            width /= 2;
+        }
+        let (places, rest) = std::mem::take(&mut self.places).split_at_mut(self.count);
+        places.copy_from_slice(&turned[0][..self.count]);
+        (self.places, self.count) = (rest, 0);
+    }
 }
 
 /// Halves the lanes until one is left: the same order whatever the width of the vectors.
@@ -318,5 +408,46 @@ impl<'a> RowMasses<'a> {
 
     fn block(&self, block: usize) -> &'a [f32] {
         &self.row[block * BLOCK..self.row.len().min((block + 1) * BLOCK)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_adds_up_to_the_same_bits_alone_and_among_others() {
+        let entry = |number: usize| ((number * 7919 + number * number % 97) % 1009) as f32 * 0.05 - 30.0;
+        let mut rows: Vec<Vec<f32>> =
+            (0..7).map(|row| (0..4 * BLOCK + row * 9).map(|i| entry(row + 31 * i)).collect()).collect();
+        rows[1][BLOCK..2 * BLOCK].fill(f32::NEG_INFINITY);
+        rows[2][BLOCK..2 * BLOCK].fill(f32::NAN);
+        rows[3][5] = f32::NAN;
+        rows[4][4 * BLOCK..].fill(f32::NEG_INFINITY);
+        rows[5][2 * BLOCK] = f32::INFINITY;
+        let temperature = 1.7;
+        let scale = split(std::f64::consts::LOG2_E / temperature as f64);
+        let mut all = BlockSums::default();
+        all.append_each(&rows, temperature);
+        let mut sums = all.largest.iter().zip(&all.masses);
+        for row in &rows {
+            assert_eq!(block_maxima(row), BlockSums::new(row, temperature).largest);
+            for block in row.chunks(BLOCK) {
+                let (&largest, &mass) = sums.next().unwrap();
+                let expected = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert_eq!(largest, expected);
+                let mass_of_one = match <&[f32; BLOCK]>::try_from(block) {
+                    Ok(block) => join(block_mass(block, expected, scale), |a, b| a + b),
+                    Err(_) => rest_mass(block, expected, scale),
+                };
+                assert!(mass.to_bits() == mass_of_one.to_bits() || mass.is_nan() && mass_of_one.is_nan());
+                if block.iter().all(|value| value.is_finite()) {
+                    let exact = |value: &f32| ((*value as f64 - expected as f64) / temperature as f64).exp();
+                    let exact: f64 = block.iter().map(exact).sum();
+                    assert!((mass as f64 / exact - 1.0).abs() < 1e-6, "{mass} instead of {exact}");
+                }
+            }
+        }
+        assert!(sums.next().is_none());
     }
 }
