@@ -69,7 +69,7 @@ run() {
 }
 
 # Students that are trained at a time find their caches finished.
-for cache in top_k $caches; do
+for cache in top_k ${caches//top_k/}; do
     # shellcheck disable=SC2046
     "$limbeck" precompute-teacher-logits "$recipe" --run-dir "$out/caches/run" --set "cache.dir=$out/caches/$cache" \
         $(cache_keys "$cache") "$@"
