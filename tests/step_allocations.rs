@@ -17,10 +17,11 @@ use limbeck::teacher::ResidentTeacher;
 use limbeck::train::balance::RouterConfig;
 use limbeck::train::{TrainConfig, Trainer};
 
-/// The system's allocator, counted: all but what matrix products pack their inputs into, for how much that is follows
-/// from the machine's caches and vectors. It alone asks for this alignment.
+/// The system's allocator, counted.
 struct Counted;
 
+/// The alignment of what `gemm` packs its inputs into, and of nothing else in a step. It is not counted: how much follows
+/// from the machine's caches and vectors.
 const PACKING_ALIGN: usize = 128;
 
 static BYTES: AtomicU64 = AtomicU64::new(0);
